@@ -1,0 +1,36 @@
+"""surgery: edit pretrained checkpoints, and know afterwards what was done.
+
+Importing this package imports nothing heavy. The public calls are loaded on first use:
+
+    surgery.open("dit-digits")        a checkpoint: names, shapes, digests, lazy reads
+    surgery.load("out/g")             the model itself, edited modules rebuilt without running code from the folder
+    surgery.apply("graft", ...)       an operation, as the command of that name
+    surgery.OPERATORS                 the operators that a graft can put in
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "open": "surgery.api:open",
+    "load": "surgery.api:load",
+    "apply": "surgery.api:apply",
+    "OPERATORS": "surgery.arch.operators:OPERATORS",
+    "SurgeryError": "surgery.errors:SurgeryError",
+}
+__all__ = ["OPERATORS", "SurgeryError", "__version__", "apply", "load", "open"]
+
+if TYPE_CHECKING:
+    from surgery.api import apply, load, open
+    from surgery.arch.operators import OPERATORS
+    from surgery.errors import SurgeryError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'surgery' has no attribute '{name}'")
+    from importlib import import_module
+
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute)

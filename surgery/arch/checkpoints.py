@@ -1,0 +1,70 @@
+"""A diffusion transformer inside a checkpoint: which part it is, whether its tensors fit its config, its noise process,
+and the module built from it. Imports torch only where the module is built."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.arch.dit import tensor_shapes
+from surgery.errors import CheckpointError, UsageError, printable
+from surgery.store.checkpoint import Checkpoint, Part
+from surgery.store.layout import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def transformer_part(base: Checkpoint) -> tuple[Part, Mapping[str, Any]]:
+    """The part that holds the transformer, and its config: the only part, or `transformer` of a pipeline."""
+    if "" in base.parts:
+        part = base.parts[""]
+    elif "transformer" in base.parts:
+        part = base.parts["transformer"]
+    else:
+        raise UsageError("part", f"{base.name}: no part 'transformer'", hint=f"parts: {', '.join(base.parts)}")
+    if part.config is None:
+        raise CheckpointError(
+            "no-config", f"{base.name}: no config.json beside the weights", hint="name the folder of the whole model"
+        )
+    return part, part.config
+
+
+def check_tensors(base: Checkpoint, part: Part, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` unless the part's tensors are exactly those of its config."""
+    wanted = tensor_shapes(config, base.name)
+    faults = [f"'{n}' is missing" for n in wanted if n not in part.tensors]
+    faults += [f"'{printable(n)}' is not expected" for n in part.tensors if n not in wanted]
+    faults += [
+        f"'{n}' is {list(part.tensors[n].shape)}, the config asks for {list(s)}"
+        for n, s in wanted.items()
+        if n in part.tensors and part.tensors[n].shape != s
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(
+            "wrong-tensors", f"{base.name}: {'; '.join(faults[:3])}{more}", hint="weights and config.json do not belong together"
+        )
+
+
+def scheduler_config(base: Checkpoint) -> Mapping[str, Any]:
+    """The noise process the checkpoint was trained with, from its scheduler's config."""
+    for name in ("scheduler_config.json", "scheduler/scheduler_config.json", "../scheduler/scheduler_config.json"):
+        path = base.root / name
+        if path.is_file():
+            found = read_json(path)
+            if not isinstance(found, dict):
+                raise CheckpointError("malformed", f"{path}: not a JSON object", hint="fetch it again")
+            return found
+    raise CheckpointError(
+        "no-scheduler", f"{base.name}: no scheduler_config.json, so the noise process is unknown",
+        hint="put the scheduler's config beside the weights, or name the whole pipeline",
+    )  # fmt: skip
+
+
+def load_model(base: Checkpoint) -> "nn.Module":
+    """The transformer as a module in float32 or as stored, evaluation mode; grafted operators come from this package,
+    no code from the folder is run. Raises `CheckpointError` when tensors and config do not match."""
+    from surgery.arch.build import model_from_state
+
+    part, config = transformer_part(base)
+    state = {name: base.read_ref(ref) for name, ref in part.tensors.items()}
+    return model_from_state(config, state, where=base.name)

@@ -1,0 +1,184 @@
+"""The command: a table of lazily loaded sub-commands, global options, and how errors end a process."""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from surgery import __version__
+from surgery.cli import output
+from surgery.errors import SurgeryError, UsageError, closest
+
+# name -> ("module:function", one line). "op:NAME" is a command made from the operation's own declaration.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "demo": ("surgery.cli.demo:demo", "Graft a small diffusion transformer on real digits, end to end, in minutes."),
+    "graft": ("op:graft", "Replace operators of a diffusion transformer and repair the model."),
+    "sample": ("surgery.cli.images:sample", "Draw images from a class-conditional diffusion transformer."),
+    "init": ("op:init", "Make a checkpoint of a known architecture with random weights."),
+    "inspect": ("surgery.cli.graph:inspect", "Show what a checkpoint holds, from headers alone."),
+    "log": ("surgery.cli.graph:log", "Show how a checkpoint came to be, back to the root."),
+    "verify": ("surgery.cli.graph:verify", "Check every byte of a produced checkpoint against its record."),
+    "run": ("surgery.cli.recipe:run", "Carry out the steps of a recipe."),
+}
+GROUPS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
+    "train": (
+        "Train models by the methods of the toolkit.",
+        {
+            "diffusion": ("op:train-diffusion", "Train or finetune a diffusion transformer with its own loss."),
+            "classifier": ("op:train-classifier", "Train the small classifier whose features compare images."),
+        },
+    ),
+    "eval": (
+        "Measure checkpoints and their outputs.",
+        {"images": ("surgery.cli.images:eval_images", "Frechet distance, KID, precision and recall of sampled images.")},
+    ),
+}
+
+_EPILOG = "Start with: surgery demo.  Every command explains itself: surgery graft --help."
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are imported when they are called, not when help is shown."""
+
+    table: Mapping[str, tuple[str, str]] = {}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.table) + ([g for g in GROUPS] if self.table is COMMANDS else [])
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if self.table is COMMANDS and cmd_name in GROUPS:
+            return _group(cmd_name)
+        if cmd_name not in self.table:
+            return None
+        target, summary = self.table[cmd_name]
+        return _load(cmd_name, target, summary)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            path = ctx.command_path
+            raise UsageError("unknown-command", f"no command '{args[0]}' in {path}", hint=closest(args[0], self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = [(name, summary) for name, (_, summary) in self.table.items()]
+        if self.table is COMMANDS:
+            rows += [(name, f"{summary} ({', '.join(members)})") for name, (summary, members) in GROUPS.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class _RootGroup(LazyGroup):
+    table = COMMANDS
+
+
+def _group(name: str) -> Any:
+    summary, members = GROUPS[name]
+    kind = type("Group", (LazyGroup,), {"table": members})
+    app = typer.Typer(cls=kind, help=summary, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    app.callback()(lambda: None)
+    command = typer.main.get_group(app)
+    command.name = name
+    return command
+
+
+def _load(name: str, target: str, summary: str) -> Any:
+    if target.startswith("op:"):
+        from surgery.cli.operation import command_function
+
+        function = command_function(target.removeprefix("op:"), summary)
+    else:
+        from surgery.graph.op import load_attribute
+
+        function = load_attribute(target)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name=name, help=function.__doc__, no_args_is_help=name != "demo")(function)
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+app = typer.Typer(
+    cls=_RootGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, epilog=_EPILOG
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        output.data(f"surgery {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Edit pretrained checkpoints: graft operators, train, evaluate, and know afterwards what was done.
+
+    Example:  surgery graft --replace attn=hyena dit-digits --data digits -o out/hyena
+    """
+    if debug:
+        os.environ["SURGERY_DEBUG"] = "1"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception so that locks and temporary files are cleared."""
+
+
+def main() -> None:
+    """Run the command line; the exit status is that of the error's class."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        status = app(standalone_mode=False, prog_name="surgery")
+        output.leave(status if isinstance(status, int) else 0)
+    except SurgeryError as err:
+        if os.environ.get("SURGERY_DEBUG"):
+            raise
+        output.error(err)
+        output.leave(err.status)
+    except BrokenPipeError:
+        output.leave(141)
+    except (KeyboardInterrupt, _Terminated) as err:
+        _interrupted()
+        output.leave(130 if isinstance(err, KeyboardInterrupt) else 143)
+    except Exception as err:
+        _foreign(err)
+
+
+def _interrupted() -> None:
+    command = " ".join(a for a in sys.argv[1:] if a != "--resume")
+    output.warn(f"interrupted; nothing half-written is left. To go on: surgery {command} --resume")
+
+
+def _foreign(err: Exception) -> None:
+    """Errors of the option parser, and faults of ours."""
+    if os.environ.get("SURGERY_DEBUG"):
+        raise err
+    code = getattr(err, "exit_code", None)
+    if type(err).__name__ == "Abort":
+        _interrupted()
+        output.leave(130)
+    if code is not None:
+        if type(err).__name__ not in ("Exit", "NoArgsIsHelpError"):
+            context = getattr(err, "ctx", None)
+            where = f"surgery {context.command_path.removeprefix('surgery').strip()} --help".replace("  ", " ") if context else "--help"
+            message = err.format_message() if hasattr(err, "format_message") else str(err)
+            output.error(UsageError("option", message.rstrip("."), hint=f"see {where}"))
+        elif type(err).__name__ == "NoArgsIsHelpError":
+            output.note(err.format_message() if hasattr(err, "format_message") else str(err))
+        output.leave(code)
+    if isinstance(err, MemoryError):
+        from surgery.errors import ResourceError
+
+        output.error(ResourceError("memory", "not enough memory for this work", hint="use fewer --workers or smaller batches"))
+        output.leave(5)
+    output.error(SurgeryError("internal", f"{type(err).__name__}: {err}", hint="this is a fault of ours; run again with SURGERY_DEBUG=1 and report it"))
+    output.leave(1)

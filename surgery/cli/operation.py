@@ -1,0 +1,175 @@
+"""A command made from an operation's declaration: its parameters become options, the run options are the same for all."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+import typer
+
+from surgery.cli import output
+from surgery.errors import UsageError
+from surgery.graph.op import Param, Plan, PlanContext, build_op, op_params
+from surgery.graph.run import RunOptions, check_device, check_plan, run_op
+from surgery.ops.table import load_op
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.names import open_named
+
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "out": (Path | None, typer.Option("-o", "--out", metavar="DIR", help="Output folder [default: ./<source>-<operation>-<8 hex>].")),
+    "seed": (int, typer.Option("--seed", help="Seed of everything random; recorded.")),
+    "device": (str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")),
+    "threads": (int, typer.Option("--threads", min=1, help="Threads for training; recorded, since sums depend on it.")),
+    "workers": (int, typer.Option("--workers", min=0, help="Tensors in work at once [default: the cores, at most 4].")),
+    "shard_size": (str, typer.Option("--shard-size", metavar="SIZE", help="Largest size of a new weight file, e.g. 500MB, 2GiB.")),
+    "dry_run": (bool, typer.Option("--dry-run", help="Print the plan and its cost from headers alone; write nothing.")),
+    "resume": (bool, typer.Option("--resume", help="Go on with a run of the same command that was interrupted.")),
+    "overwrite": (bool, typer.Option("--overwrite", help="Replace an output that surgery made, in one step.")),
+    "offline": (bool, typer.Option("--offline", help="Never ask the network; hub ids come from the local cache.")),
+    "as_json": (bool, typer.Option("--json", help="Print one JSON object instead of the path or the table.")),
+    "quiet": (bool, typer.Option("-q", "--quiet", help="No talk on stderr.")),
+    "verbose": (bool, typer.Option("-v", "--verbose", help="More talk on stderr.")),
+}
+_COMMON_DEFAULTS: dict[str, Any] = {
+    "out": None, "seed": 0, "device": "cpu", "threads": 1, "workers": 0, "shard_size": "5GB", "dry_run": False, "resume": False,
+    "overwrite": False, "offline": False, "as_json": False, "quiet": False, "verbose": False,
+}  # fmt: skip
+
+
+def command_function(name: str, summary: str) -> Callable[..., None]:
+    """A function whose signature is the operation's: Typer makes the command of it."""
+    kind = load_op(name)
+    params = op_params(kind)
+
+    def command(**values: Any) -> None:
+        common = {k: values.pop(k) for k in _COMMON}
+        sources = [values.pop(f"parent_{i}") for i in range(kind.parents)]
+        _run(kind, values, sources, common)
+
+    signature: list[inspect.Parameter] = []
+    for i in range(kind.parents):
+        label = getattr(kind, "parent_names", ("MODEL",) * kind.parents)[i]
+        argument = typer.Argument(metavar=label, help="Folder, file, alias, hub id, or - for a path on standard input.", show_default=False)
+        signature.append(_parameter(f"parent_{i}", str, argument, MISSING))
+    for field, (hint, param, default) in params.items():
+        signature.append(_parameter(field, *_option(field, hint, param, default)))
+    signature += [_parameter(k, hint, option, _COMMON_DEFAULTS[k]) for k, (hint, option) in _COMMON.items()]
+    signature.sort(key=lambda p: p.default is not inspect.Parameter.empty)
+    command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    command.__doc__ = getattr(kind, "help", None) or f"{summary}\n\n{inspect.getdoc(kind) or ''}"
+    command.__name__ = name.replace("-", "_")
+    return command
+
+
+def _option(field: str, hint: Any, param: Param, default: Any) -> tuple[Any, Any, Any]:
+    flag = "--" + field.replace("_", "-")
+    many = get_origin(hint) is tuple
+    kind: Any = list[str] if many else hint
+    if param.positional:
+        return kind, typer.Argument(metavar=param.metavar or field.upper(), help=param.help, show_default=False), default
+    flags = [*param.flags, f"{flag}/--no-{field.replace('_', '-')}" if hint is bool and default is True else flag]
+    extra: dict[str, Any] = {"metavar": param.metavar} if param.metavar else {}
+    option = typer.Option(*flags, help=param.help, show_default=default not in (MISSING, None, (), "", False), **extra)
+    return kind, option, list(default) if many and default is not MISSING else default
+
+
+def _parameter(name: str, hint: Any, info: Any, default: Any) -> inspect.Parameter:
+    empty = inspect.Parameter.empty
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, info], default=empty if default is MISSING else default
+    )
+
+
+def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mapping[str, Any]) -> None:
+    output.Talk.quiet, output.Talk.verbose = common["quiet"], common["verbose"]
+    op = build_op(kind, values)
+    options = run_options(common)
+    check_device(options.device)
+    parents = [open_source(s, offline=options.offline) for s in sources]
+    for parent in parents:
+        if parent.ignored:
+            output.note(f"{parent.name}: left out other forms of the weights: {', '.join(parent.ignored[:4])}")
+    if common["dry_run"]:
+        plan = op.plan(PlanContext(options.seed, options.offline), *parents)
+        check_plan(plan)
+        show_plan(op, plan, as_json=common["as_json"])
+        return
+    with output.Progress() as report:
+        result = run_op(op, parents, common["out"], options=options, report=report, notice=_notice)
+    if result.found:
+        output.note("already done: this output is the result of the same command on the same parents")
+    if result.reused:
+        output.note(f"resumed: {result.reused} tensors were reused")
+    if common["as_json"]:
+        record = result.record
+        step = record["steps"][-1]
+        rows = {"path": str(result.path), "digest": record["digest"], "record": record["record"], "key": step["key"]}
+        output.data_json(rows | {"found": result.found, "reused": result.reused, "training": step.get("training", {})})
+    else:
+        output.data(str(result.path))
+
+
+def _notice(plan: Plan) -> None:
+    """Said before the work starts."""
+    for warning in plan.warnings:
+        output.warn(warning)
+
+
+def run_options(common: Mapping[str, Any]) -> RunOptions:
+    """The run options of a command line, checked."""
+    extra = {"workers": common["workers"]} if common["workers"] else {}
+    return RunOptions(
+        seed=common["seed"], device=common["device"], threads=common["threads"], shard_size=parse_size(common["shard_size"]),
+        resume=common["resume"], overwrite=common["overwrite"], offline=common["offline"], **extra,
+    )  # fmt: skip
+
+
+def open_source(source: str, *, offline: bool = False, key: str | None = None) -> Checkpoint:
+    """Open what a command line names; `-` reads one path, or an object with `path`, from standard input."""
+    if source == "-":
+        import json
+
+        text = sys.stdin.read().strip()
+        if text.startswith("{"):
+            try:
+                text = str(json.loads(text)["path"])
+            except (ValueError, KeyError):
+                raise UsageError("stdin", "standard input is no path and no JSON with one", hint="pipe in the output of a surgery command") from None
+        if not text or "\n" in text:
+            raise UsageError("stdin", "standard input must be exactly one path", hint="pipe in the output of a surgery command")
+        source = text
+    return open_named(source, offline=offline, key=key)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "500MB", "5GB", "2GiB" or a plain number."""
+    import re
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise UsageError("size", f"'{text}' is not a size", hint="write 500MB, 5GB or 2GiB")
+    return size
+
+
+def show_plan(op: Any, plan: Plan, *, as_json: bool) -> None:
+    """What --dry-run prints."""
+    numbers = plan.bytes_report()
+    report = {**plan.report, "bytes": numbers, "warnings": list(plan.warnings)}
+    if as_json:
+        output.data_json(report)
+        return
+    for line in getattr(op, "describe", lambda p: [])(plan):
+        output.data(line)
+    kinds: dict[str, int] = {}
+    for entry in plan.entries:
+        kinds[type(entry).__name__.lower()] = kinds.get(type(entry).__name__.lower(), 0) + 1
+    output.data("tensors  " + ", ".join(f"{n:,} {k}" for k, n in kinds.items()) + f", {len(plan.dropped):,} dropped")
+    output.data(f"bytes    {output.count(numbers['kept'], 'B')} kept, {output.count(numbers['written'], 'B')} new")
+    for warning in plan.warnings:
+        output.warn(warning)

@@ -1,0 +1,183 @@
+"""`surgery.json`: what was done, to which parents, with which result; and checking a folder against it.
+
+The record's own digest leaves out time and environment, so two machines doing the same work agree on it. Every parent's
+record travels along under `ancestors`.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError, printable
+from surgery.graph.op import Bytes, Compute, Keep, Plan, Trained
+from surgery.store import digests
+from surgery.store.checkpoint import Checkpoint, content_digest
+from surgery.store.header import read_header
+from surgery.store.layout import LINEAGE_FILE
+
+_UNHASHED = ("record", "created", "environment")
+
+
+def node_key(
+    *, op: str, version: int, params: Mapping[str, Any], parents: Iterable[Checkpoint], inputs: Mapping[str, str], seed: int,
+    device: str, torch: str,
+) -> str:  # fmt: skip
+    """The identity of a node: equal keys mean equal results. `inputs` are digests of data read beside the parents;
+    `device` is a class ("cpu", "cuda"), `torch` major.minor."""
+    return digests.canonical_digest(
+        {
+            "op": op, "version": version, "params": dict(params), "inputs": dict(inputs), "seed": seed, "device": device,
+            "torch": torch, "parents": [{"digest": p.digest, "config": p.config_digest()} for p in parents],
+        }
+    )  # fmt: skip
+
+
+def make_record(
+    *, op: str, version: int, params: Mapping[str, Any], seed: int, key: str, parents: list[Checkpoint], plan: Plan,
+    tensors: Mapping[str, str], files: list[dict[str, Any]], environment: Mapping[str, Any], training: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256."""
+    names = _parent_names(parents)
+    ancestors: dict[str, Any] = {}
+    for parent in parents:
+        if parent.lineage:
+            own = dict(parent.lineage)
+            ancestors.update(own.pop("ancestors", {}))
+            ancestors[parent.lineage["record"]] = own
+    rows = {e.full_name: {"sha256": tensors[e.full_name], "dtype": e.dtype, "shape": list(e.shape)} for e in plan.entries}
+    step = {"op": op, "version": version, "params": dict(params), "seed": seed, "parents": names, "key": f"sha256:{key}"}
+    if training:
+        step["training"] = dict(training)
+    record: dict[str, Any] = {
+        "surgery": 1,
+        "digest": "sha256:" + content_digest((n, r["dtype"], tuple(r["shape"]), r["sha256"]) for n, r in rows.items()),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "output": {"files": files},
+        "steps": [step],
+        "parents": {n: _parent(p) for n, p in zip(names, parents, strict=True)},
+        "changes": _changes(plan, names),
+        "dropped": list(plan.dropped),
+        "config_edits": [list(edit) for edit in plan.config_edits],
+        "tensors": rows,
+        "environment": dict(environment),
+        "ancestors": ancestors,
+    }
+    record["record"] = record_digest(record)
+    return record
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Digest of a record without itself, its time and its environment."""
+    return "sha256:" + digests.canonical_digest({k: v for k, v in record.items() if k not in _UNHASHED})
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """The bytes of `surgery.json`: indented but for the tensor rows, one a line."""
+    outer = {k: v for k, v in record.items() if k not in ("tensors", "ancestors")}
+    text = json.dumps(outer, indent=1, ensure_ascii=False).rstrip("}").rstrip()
+    rows = ",\n".join(f"  {json.dumps(n, ensure_ascii=False)}: {json.dumps(r)}" for n, r in record["tensors"].items())
+    ancestors = json.dumps(record["ancestors"], ensure_ascii=False)
+    return f'{text},\n "tensors": {{\n{rows}\n }},\n "ancestors": {ancestors}\n}}\n'.encode("utf-8", "surrogatepass")
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """Check a produced checkpoint against its record, reading every byte; the list of faults is empty when it holds.
+
+    Raises `CheckpointError` when there is no record to check against.
+    """
+    record = checkpoint.lineage
+    if record is None:
+        raise CheckpointError(
+            "no-lineage", f"{checkpoint.name}: no {LINEAGE_FILE} beside the weights", hint="only what surgery made can be verified"
+        )
+    faults = []
+    if record.get("record") != record_digest(record):
+        faults.append(f"{LINEAGE_FILE}: the record was altered")
+    root = checkpoint.root
+    listed = {row["path"]: row for row in record["output"]["files"]}
+    weights = {str(Path(f).relative_to(root)) for p in checkpoint.parts.values() for f in p.files}
+    indexes = {n for n in listed if n.endswith(".index.json")}
+    for name, row in listed.items():
+        path = root / name
+        if path.is_symlink() or not path.is_file():
+            faults.append(f"{printable(name)}: missing")
+        elif path.stat().st_size != row["size"]:
+            faults.append(f"{printable(name)}: {path.stat().st_size} bytes, recorded {row['size']}")
+        elif "sha256" in row and digests.file_digest(path) != row["sha256"]:
+            faults.append(f"{printable(name)}: altered")
+        elif "header" in row and header_digest(path) != row["header"]:
+            faults.append(f"{printable(name)}: its header was altered")
+    for name in sorted((set(checkpoint.side_files) | weights | set(checkpoint.ignored)) - set(listed) - indexes):
+        faults.append(f"{printable(name)}: not in the record")
+    recorded = record["tensors"]
+    for name, ref in checkpoint.tensors.items():
+        row = recorded.get(name)
+        if row is None:
+            faults.append(f"tensor {printable(name)}: not in the record")
+        elif [ref.dtype, list(ref.shape)] != [row["dtype"], row["shape"]]:
+            faults.append(f"tensor {printable(name)}: {ref.dtype}{list(ref.shape)}, recorded {row['dtype']}{row['shape']}")
+        elif checkpoint.hash_tensor(ref) != row["sha256"]:
+            faults.append(f"tensor {printable(name)}: altered")
+    faults += [f"tensor {printable(n)}: missing" for n in recorded if n not in checkpoint.tensors]
+    return faults
+
+
+def header_digest(path: Path) -> str:
+    """sha256 of a safetensors file's header bytes; with the tensors' digests it covers the whole file."""
+    from hashlib import sha256
+
+    start = read_header(path).data_start
+    with open(path, "rb") as handle:
+        return sha256(handle.read(start)).hexdigest()
+
+
+def _parent_names(parents: list[Checkpoint]) -> list[str]:
+    names: list[str] = []
+    for parent in parents:
+        base = parent.name.rstrip("/").rsplit("/", 1)[-1] or "parent"
+        names.append(base if base not in names else f"{base}-{len(names) + 1}")
+    return names
+
+
+def _parent(parent: Checkpoint) -> dict[str, Any]:
+    lineage = parent.lineage
+    return {
+        "digest": f"sha256:{parent.digest}",
+        "config": f"sha256:{parent.config_digest()}",
+        "part": parent.selected,
+        "lineage": lineage["record"] if lineage else None,
+    }
+
+
+def _changes(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
+    """How each group of tensors came to be, consecutive numbers in names folded into one row."""
+    import re
+
+    groups: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
+    for entry in plan.entries:
+        how = {Keep: "keep", Bytes: "bytes", Compute: "compute", Trained: "train"}[type(entry)]
+        sources: tuple[str, ...] = ()
+        if names and isinstance(entry, Keep | Bytes | Compute) and (not isinstance(entry, Compute) or entry.refs):
+            sources = (names[entry.parent],)
+        numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", entry.full_name)[:1]]
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", entry.full_name, count=1)
+        groups.setdefault((pattern, how, sources), []).extend(numbers)
+    return [
+        {"tensors": p.replace("{}", "{" + _ranges(n) + "}", 1) if n else p, "count": max(1, len(n)), "how": how, "from": list(src)}
+        for (p, how, src), n in groups.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1,3,8-12 for [1, 3, 8, 9, 10, 11, 12]."""
+    pieces: list[str] = []
+    ordered = sorted(set(numbers))
+    start = 0
+    for i in range(1, len(ordered) + 1):
+        if i == len(ordered) or ordered[i] != ordered[i - 1] + 1:
+            first, last = ordered[start], ordered[i - 1]
+            pieces.append(str(first) if first == last else f"{first}-{last}")
+            start = i
+    return ",".join(pieces)

@@ -1,0 +1,206 @@
+"""The shape of an operation: parameters, a plan made from headers alone, and a pure function on tensors.
+
+An operation is a frozen dataclass. Its fields, annotated with `Param`, become the command's options, the recipe's keys
+and the lineage's `params`. `plan()` names every output tensor without torch; `run()` computes the ones that need it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+
+from surgery.errors import UsageError, closest
+from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.header import nbytes_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Param:
+    """How one field is shown and given on the command line: help text, further flags such as "-r", a metavar, and
+    whether it is a positional argument. A tuple field may be given several times."""
+
+    help: str
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    positional: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One output tensor: the part it belongs to, its name, dtype and shape. The subclass says where its bytes come from."""
+
+    part: str = ""
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes_of(self.dtype, self.shape)
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.part}/{self.name}" if self.part else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep(Entry):
+    """The bytes of `ref`, unchanged, perhaps under another name. `parent` is the index of the checkpoint it lies in."""
+
+    ref: TensorRef
+    parent: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bytes(Entry):
+    """Pieces (ref, first byte, last byte) laid one after the other: slices and concatenations on axis 0."""
+
+    pieces: tuple[tuple[TensorRef, int, int], ...]
+    parent: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute(Entry):
+    """`op.run` makes it from `refs`. `how` is the operation's own note of what to do; `random` asks for a seeded
+    generator."""
+
+    how: Any
+    refs: tuple[TensorRef, ...] = ()
+    parent: int = 0
+    scratch: int = 0
+    random: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained(Entry):
+    """The operation's trainer makes it, together with all other entries of this kind."""
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file beside the weights: copied from `source` (a path), or `content` to be written."""
+
+    relative: str
+    source: str | None = None
+    content: bytes | None = None
+
+
+@dataclass(frozen=True)
+class PartNames:
+    """Where the tensors of a part go: the stem of its weight files ("model", "diffusion_pytorch_model")."""
+
+    part: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an operation will write, known before a byte is moved.
+
+    `report` is what `--dry-run --json` prints (made of JSON values); `config_edits` are (path, old, new); `inputs` are
+    digests of data that is read beside the parents, and part of the node's identity.
+    """
+
+    entries: tuple[Entry, ...]
+    parts: tuple[PartNames, ...]
+    files: tuple[SideFile, ...] = ()
+    dropped: tuple[str, ...] = ()
+    config_edits: tuple[tuple[str, Any, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    def bytes_report(self) -> dict[str, int]:
+        """How many bytes are taken over from parents and how many are made."""
+        kept = sum(e.nbytes for e in self.entries if isinstance(e, Keep | Bytes))
+        return {"kept": kept, "written": sum(e.nbytes for e in self.entries) - kept}
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a plan may know beside its parents."""
+
+    seed: int = 0
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """What a trainer may use: a seed, a device, threads for one computation, workers for independent ones, a folder
+    whose content survives a crash, and `report` for progress (event name and numbers)."""
+
+    seed: int
+    device: str
+    threads: int
+    workers: int
+    scratch: Path
+    report: Callable[[str, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a trainer hands back: tensors by full name, and a record for the lineage (losses, counts; JSON values)."""
+
+    tensors: "Mapping[str, torch.Tensor]"
+    record: Mapping[str, Any]
+    files: tuple[SideFile, ...] = ()
+
+
+class Op(Protocol):
+    """The contract of an operation. `trainer` is "module:function" for operations whose entries include `Trained`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    parents: ClassVar[int]
+    trainer: ClassVar[str | None]
+
+    def plan(self, ctx: PlanContext, *parents: Checkpoint) -> Plan:
+        """Every output tensor once, from headers and configs; raises on bad input before anything is written."""
+        ...
+
+    def run(self, task: Compute, tensors: "list[torch.Tensor]", generator: "torch.Generator | None") -> "torch.Tensor":
+        """One output tensor from its inputs; pure: equal inputs give equal bits."""
+        ...
+
+
+def op_params(op: type | Any) -> dict[str, tuple[Any, Param, Any]]:
+    """Field name -> (type, Param, default or MISSING) of an operation class, in the order of declaration."""
+    kind = op if isinstance(op, type) else type(op)
+    hints = get_type_hints(kind, include_extras=True)
+    found = {}
+    for f in fields(kind):
+        annotated = hints[f.name]
+        if get_origin(annotated) is not Annotated:
+            continue
+        base, *extras = get_args(annotated)
+        param = next(e for e in extras if isinstance(e, Param))
+        default = f.default if f.default is not MISSING else (f.default_factory() if f.default_factory is not MISSING else MISSING)
+        found[f.name] = (base, param, default)
+    return found
+
+
+def build_op(kind: type, values: Mapping[str, Any]) -> Any:
+    """Make an operation from named values; an unknown or missing one is a `UsageError` naming the nearest known."""
+    known = op_params(kind)
+    for name in values:
+        if name not in known:
+            raise UsageError("unknown-parameter", f"{kind.name}: no parameter '{name}'", hint=closest(name, list(known)))  # type: ignore[attr-defined]
+    missing = [n for n, (_, _, default) in known.items() if default is MISSING and n not in values]
+    if missing:
+        raise UsageError("missing-parameter", f"{kind.name}: {', '.join(missing)} must be given", hint="see its --help")  # type: ignore[attr-defined]
+    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def resolved_params(op: Op) -> dict[str, Any]:
+    """All parameters after defaults, as JSON values; these are hashed and recorded."""
+    return {n: list(v) if isinstance(v := getattr(op, n), tuple) else v for n in op_params(op)}
+
+
+def load_attribute(target: str) -> Any:
+    """Import "module:attribute" on first use."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,89 @@
+"""Which output file each tensor goes to, and in what order inside it. Planning only: no byte is read or moved."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from surgery.graph.op import Bytes, Entry, Keep, Plan
+from surgery.store.header import DTYPE_BITS, read_header
+from surgery.store.layout import natural
+from surgery.store.writer import PlannedFile
+
+SMALL_PART = 256 << 20  # bytes; a part up to this size is one file however its tensors came to be
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One planned weight file and its entries in file order."""
+
+    file: PlannedFile
+    entries: tuple[Entry, ...]
+
+
+def plan_shards(plan: Plan, *, key: str, shard_size: int) -> tuple[list[Shard], dict[str, dict[str, str]]]:
+    """Group the plan's entries into files; returns them and, for each part with several, the weight map of its index.
+
+    Kept tensors stay in the grouping of the parent's files, so that an untouched file moves as one range; new tensors
+    get files of their own of at most `shard_size` bytes. Small parts become one file.
+    """
+    shards: list[Shard] = []
+    indexes: dict[str, dict[str, str]] = {}
+    for part in plan.parts:
+        entries = [e for e in plan.entries if e.part == part.part]
+        if sum(e.nbytes for e in entries) <= min(SMALL_PART, shard_size):
+            groups = [sorted(entries, key=lambda e: (-DTYPE_BITS[e.dtype], natural(e.name)))]
+        else:
+            groups = list(_groups(entries, shard_size))
+        prefix = f"{part.part}/" if part.part else ""
+        weight_map: dict[str, str] = {}
+        for number, group in enumerate(groups, start=1):
+            suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+            name = f"{part.base}{suffix}.safetensors"
+            shards.append(Shard(_whole_file(prefix + name, group) or _file(prefix + name, group, key), tuple(group)))
+            weight_map |= {e.name: name for e in group}
+        if len(groups) > 1:
+            indexes[f"{prefix}{part.base}.safetensors.index.json"] = weight_map
+    return shards, indexes
+
+
+def _groups(entries: list[Entry], shard_size: int) -> Iterable[list[Entry]]:
+    by_source: dict[str, list[Entry]] = {}
+    for entry in entries:
+        source = entry.ref.file if isinstance(entry, Keep) else ""
+        by_source.setdefault(source, []).append(entry)
+    for source in sorted(by_source, key=lambda s: (s == "", natural(s))):
+        group = by_source[source]
+        if source:
+            # The parent's order, so that neighbours stay neighbours and one range copy serves many tensors.
+            group.sort(key=lambda e: (-DTYPE_BITS[e.dtype], e.ref.offset if isinstance(e, Keep) else 0))
+            yield group
+            continue
+        group.sort(key=lambda e: natural(e.name))
+        piece: list[Entry] = []
+        size = 0
+        for entry in group:
+            if piece and size + entry.nbytes > shard_size:
+                yield sorted(piece, key=lambda e: -DTYPE_BITS[e.dtype])
+                piece, size = [], 0
+            piece.append(entry)
+            size += entry.nbytes
+        if piece:
+            yield sorted(piece, key=lambda e: -DTYPE_BITS[e.dtype])
+
+
+def _file(relative: str, group: list[Entry], key: str) -> PlannedFile:
+    # Loaders look for `format`; the node's key says which run a lone file came from.
+    metadata = {"format": "pt", "surgery": key}
+    return PlannedFile.plan(relative, ((e.name, e.dtype, e.shape) for e in group), metadata=metadata)
+
+
+def _whole_file(relative: str, group: list[Entry]) -> PlannedFile | None:
+    """The parent's own header when the group is exactly one file of the parent, so that it can be taken whole."""
+    refs = [e.ref for e in group if isinstance(e, Keep) and e.ref.name == e.name and e.ref.offset >= 0]
+    if len(refs) != len(group) or any(isinstance(e, Bytes) for e in group) or len({r.file for r in refs}) != 1:
+        return None
+    header = read_header(refs[0].file)
+    if len(header.tensors) != len(refs):
+        return None
+    with open(refs[0].file, "rb") as handle:
+        raw = handle.read(header.data_start)
+    return PlannedFile(relative, raw, {r.name: (r.offset, r.nbytes) for r in refs}, header.file_size)

@@ -1,0 +1,21 @@
+"""The operations by name, as "module:class", imported on first use. Adding an operation is its file and one line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.errors import UsageError, closest
+from surgery.graph.op import load_attribute
+
+OPS: Mapping[str, str] = {
+    "init": "surgery.ops.init:Init",
+    "graft": "surgery.ops.graft:Graft",
+    "train-diffusion": "surgery.ops.train_diffusion:TrainDiffusion",
+    "train-classifier": "surgery.ops.train_classifier:TrainClassifier",
+}
+
+
+def load_op(name: str) -> Any:
+    """The class of the operation called `name`; a `UsageError` with the nearest names otherwise."""
+    if name not in OPS:
+        raise UsageError("unknown-op", f"no operation '{name}'", hint=closest(name, list(OPS)))
+    return load_attribute(OPS[name])

@@ -1,0 +1,304 @@
+"""A checkpoint on disk: named tensors that are read on demand, side files, and two digests.
+
+`open_checkpoint` reads headers and JSON only; torch is imported inside the methods that return tensors. Nothing here
+writes, and nothing knows what a model does.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from surgery.errors import CheckpointError, UsageError, closest, printable
+from surgery.store import digests
+from surgery.store.header import Header, nbytes_of, read_header
+from surgery.store.layout import LINEAGE_FILE, Layout, PartLayout, find_layout, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TensorRef(NamedTuple):
+    """Where a tensor lives. `offset` is the file offset of its first byte, or -1 inside a pickle (no byte range)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sub-model: its tensors (file order), its config and the names that decide where an output of it goes."""
+
+    name: str
+    base: str
+    tensors: dict[str, TensorRef]
+    config: Mapping[str, Any] | None
+    config_file: str | None
+    files: tuple[str, ...]
+    oddities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`name` is what the user typed, `path` opens it again. `layout` is "hf", "file", "pipeline" or "pickle"; `selected`
+    is a part's name when one part of a pipeline was asked for. `side_files` and `ignored` are relative to `root`."""
+
+    name: str
+    path: Path
+    root: Path
+    layout: str
+    parts: Mapping[str, Part]
+    side_files: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    selected: str | None = None
+    _pickles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def part(self, name: str | None = None) -> Part:
+        """The part called `name`, or the only one; raises `UsageError` when that is not clear."""
+        if name is None and len(self.parts) == 1:
+            return next(iter(self.parts.values()))
+        if name not in self.parts:
+            asked = "a part must be named" if name is None else f"no part '{name}'"
+            raise UsageError("part", f"{self.name}: {asked}", hint=f"parts: {', '.join(self.parts)}; write NAME:PART")
+        return self.parts[name]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorRef]:
+        """All tensors by full name: the plain name, or `part/name` in a pipeline."""
+        if list(self.parts) == [""]:
+            return self.parts[""].tensors
+        return {f"{p.name}/{name}" if p.name else name: ref for p in self.parts.values() for name, ref in p.tensors.items()}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config of the only part. Raises `CheckpointError` when there is none."""
+        part = self.part()
+        if part.config is None:
+            raise CheckpointError("no-config", f"{self.name}: no config.json beside the weights", hint="name the model's folder")
+        return part.config
+
+    @cached_property
+    def lineage(self) -> dict[str, Any] | None:
+        """The parsed `surgery.json`, or None for a checkpoint that we did not make."""
+        path = self.root / LINEAGE_FILE
+        if self.path.is_file() or not path.is_file():
+            return None
+        document = read_json(path)
+        if not isinstance(document, dict) or document.get("surgery") != 1:
+            raise CheckpointError(
+                "bad-lineage", f"{path}: not a lineage record of format 1", hint="made by a newer version, or damaged"
+            )
+        return document
+
+    @cached_property
+    def tensor_digests(self) -> dict[str, str]:
+        """sha256 of the bytes of each tensor by full name: known ones from the digest cache, others by hashing."""
+        found: dict[str, str] = {}
+        for part in self.parts.values():
+            prefix = f"{part.name}/" if part.name else ""
+            by_file: dict[str, list[TensorRef]] = {}
+            for ref in part.tensors.values():
+                by_file.setdefault(ref.file, []).append(ref)
+            for file in part.files:
+                refs = by_file.get(file, [])
+                known = digests.lookup(file)
+                if known is None or any(ref.name not in known for ref in refs):
+                    known = {ref.name: self.hash_tensor(ref) for ref in refs}
+                    digests.remember(file, known)
+                found.update({prefix + ref.name: known[ref.name] for ref in refs})
+        return found
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the content: names, dtypes, shapes and bytes; the same for any sharding."""
+        return content_digest((n, r.dtype, r.shape, self.tensor_digests[n]) for n, r in self.tensors.items())
+
+    def config_digest(self) -> str:
+        """Digest of the parsed JSON side files that say how the tensors are used (configs of parts and schedulers)."""
+        rows = {name: read_json(self.root / name) for name in self.side_files if name.endswith("config.json")}
+        return digests.canonical_digest(rows)
+
+    def hash_tensor(self, ref: TensorRef) -> str:
+        """sha256 of one tensor's bytes as stored, read in bounded pieces."""
+        state = hashlib.sha256()
+        for piece in self.chunks(ref):
+            state.update(piece)
+        return state.hexdigest()
+
+    def chunks(self, ref: TensorRef, *, size: int = 4 << 20) -> "Iterator[bytes | memoryview]":
+        """The bytes of a tensor, in pieces of at most `size`."""
+        if ref.offset < 0:
+            yield memoryview(_tensor_bytes(self._from_pickle(ref)))
+            return
+        with open(ref.file, "rb", buffering=0) as handle:
+            os.posix_fadvise(handle.fileno(), ref.offset, ref.nbytes, os.POSIX_FADV_SEQUENTIAL)
+            buffer = memoryview(bytearray(min(size, ref.nbytes) or 1))
+            position, end = ref.offset, ref.offset + ref.nbytes
+            while position < end:
+                count = os.preadv(handle.fileno(), [buffer[: min(size, end - position)]], position)
+                if count == 0:
+                    raise CheckpointError("truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again")
+                yield buffer[:count]
+                position += count
+
+    def read(self, name: str, *, rows: slice | None = None) -> "torch.Tensor":
+        """The tensor called `name`, or only `rows` of its first axis. Sub-byte dtypes come back as raw uint8 [nbytes]."""
+        if name not in self.tensors:
+            raise UsageError("unknown-tensor", f"{self.name}: no tensor '{printable(name)}'", hint=closest(name, list(self.tensors)))
+        return self.read_ref(self.tensors[name], rows=rows)
+
+    def read_ref(self, ref: TensorRef, *, rows: slice | None = None) -> "torch.Tensor":
+        """As `read`, for a ref of this checkpoint."""
+        if ref.offset < 0:
+            tensor = self._from_pickle(ref)
+            return (tensor if rows is None else tensor[rows]).contiguous()
+        return read_tensor(ref, rows=rows)
+
+    def _from_pickle(self, ref: TensorRef) -> "torch.Tensor":
+        return self._pickles[ref.file][ref.name]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `surgery inspect --json` prints first: digest, layout, counts."""
+        from math import prod
+
+        refs = self.tensors.values()
+        return {
+            "digest": f"sha256:{self.digest}",
+            "layout": self.layout,
+            "parameters": sum(prod(ref.shape) for ref in refs),
+            "tensors": len(self.tensors),
+            "bytes": sum(ref.nbytes for ref in refs),
+        }
+
+
+def content_digest(rows: "Iterator[tuple[str, str, tuple[int, ...], str]]") -> str:
+    """sha256 over the sorted (name, dtype, shape, tensor sha256): equal content gives equal digests in any layout."""
+    return digests.canonical_digest(sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in rows))
+
+
+def open_checkpoint(path: Path, *, name: str | None = None, part: str | None = None, key: str | None = None) -> Checkpoint:
+    """Open what lies at `path` from headers and configs alone.
+
+    `part` selects one part of a pipeline; `key` names the nested dictionary inside a pickle. Raises `CheckpointError`.
+    """
+    layout = find_layout(path)
+    shown = name or str(path)
+    chosen = layout.parts
+    if part is not None:
+        chosen = tuple(p for p in layout.parts if p.name == part)
+        if not chosen:
+            raise UsageError("part", f"{shown}: no part '{printable(part)}'", hint=f"parts: {', '.join(p.name for p in layout.parts) or 'none'}")
+    pickles: dict[str, Any] = {}
+    parts = {p.name: _open_part(layout, p, shown, key, pickles) for p in chosen}
+    kind = "pickle" if any(p.pickle for p in chosen) else layout.kind
+    if part is None:
+        return Checkpoint(shown, path, layout.root, kind, parts, layout.side_files, layout.ignored, None, pickles)
+    # One part of a pipeline is a plain model of its own: its folder is the root, its tensors have plain names.
+    from dataclasses import replace
+
+    inside = f"{part}/"
+    lone = replace(parts[part], name="", config_file="config.json" if parts[part].config_file else None)
+    side = tuple(n.removeprefix(inside) for n in layout.side_files if n.startswith(inside))
+    return Checkpoint(shown, layout.root / part, layout.root / part, "pickle" if kind == "pickle" else "hf", {"": lone}, side, (), part, pickles)
+
+
+def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pickles: dict[str, Any]) -> Part:
+    tensors: dict[str, TensorRef] = {}
+    oddities: list[str] = []
+    in_file: dict[str, str] = {}
+    for relative in part.files:
+        path = str(layout.root / relative)
+        if part.pickle:
+            from surgery.store.pickle import load_pickle
+
+            pickles[path] = load_pickle(Path(path), key=key)
+            refs = [_pickle_ref(name, tensor, path) for name, tensor in pickles[path].items()]
+        else:
+            header: Header = read_header(path)
+            oddities += [f"{relative}: {oddity}" for oddity in header.oddities]
+            base = header.data_start
+            refs = [TensorRef(n, s.dtype, s.shape, path, base + s.start, s.stop - s.start) for n, s in header.tensors.items()]
+        for ref in refs:
+            if ref.name in tensors:
+                raise CheckpointError(
+                    "inconsistent", f"{shown}: '{printable(ref.name)}' is in two files, {in_file[ref.name]} and {relative}",
+                    hint="shards must not share a tensor; write the checkpoint again",
+                )  # fmt: skip
+            tensors[ref.name] = ref
+            in_file[ref.name] = relative
+    if part.weight_map is not None:
+        _check_index(part, in_file, shown)
+    config = None
+    if part.config is not None:
+        config = read_json(layout.root / part.config)
+        if not isinstance(config, dict):
+            raise CheckpointError("malformed", f"{layout.root / part.config}: not a JSON object", hint="the config is damaged")
+    files = tuple(str(layout.root / f) for f in part.files)
+    return Part(part.name, part.base, tensors, config, part.config, files, tuple(oddities))
+
+
+def _check_index(part: PartLayout, in_file: Mapping[str, str], shown: str) -> None:
+    assert part.weight_map is not None
+    prefix = f"{part.name}/" if part.name else ""
+    faults = []
+    for name, file in part.weight_map.items():
+        if in_file.get(name) != prefix + file:
+            place = in_file.get(name)
+            faults.append(f"'{printable(name)}' should be in {file} and is " + (f"in {place}" if place else "in no file"))
+    faults += [f"'{printable(n)}' lies in {f} and is not in the index" for n, f in in_file.items() if n not in part.weight_map]
+    if faults:
+        more = f" (and {len(faults) - 10} more)" if len(faults) > 10 else ""
+        raise CheckpointError(
+            "inconsistent", f"{shown}: {part.index} does not match the files: {'; '.join(faults[:10])}{more}",
+            hint="the index and the shards come from different downloads; fetch both again",
+        )  # fmt: skip
+
+
+def _pickle_ref(name: str, tensor: "torch.Tensor", path: str) -> TensorRef:
+    from surgery.store.dtypes import name_of
+
+    dtype = name_of(tensor.dtype)
+    return TensorRef(name, dtype, tuple(tensor.shape), path, -1, nbytes_of(dtype, tuple(tensor.shape)))
+
+
+def _tensor_bytes(tensor: "torch.Tensor") -> Any:
+    from surgery.store.dtypes import as_bytes
+
+    return as_bytes(tensor)
+
+
+def read_tensor(ref: TensorRef, *, rows: slice | None = None) -> "torch.Tensor":
+    """Read a byte-range tensor (or `rows` of its first axis) into fresh memory with `preadv`."""
+    import torch
+
+    from surgery.store.dtypes import torch_dtype
+
+    shape, offset, count = ref.shape, ref.offset, ref.nbytes
+    if rows is not None:
+        if not shape:
+            raise UsageError("rows", f"'{printable(ref.name)}' is a scalar and has no rows", hint="read it whole")
+        start, stop, step = rows.indices(shape[0])
+        if step != 1:
+            raise UsageError("rows", f"rows of '{printable(ref.name)}' must be contiguous", hint="use a slice of step 1")
+        stop = max(start, stop)
+        per_row = ref.nbytes // shape[0] if shape[0] else 0
+        shape, offset, count = (stop - start, *shape[1:]), ref.offset + start * per_row, (stop - start) * per_row
+    raw = torch.empty(count, dtype=torch.uint8)
+    if count:
+        view = memoryview(raw.numpy())
+        with open(ref.file, "rb", buffering=0) as handle:
+            done = 0
+            while done < count:
+                got = os.preadv(handle.fileno(), [view[done:]], offset + done)
+                if got == 0:
+                    raise CheckpointError("truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again")
+                done += got
+    dtype = torch_dtype(ref.dtype)
+    return raw if dtype is None else raw.view(dtype).reshape(shape)

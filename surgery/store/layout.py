@@ -1,0 +1,217 @@
+"""Find the parts of a checkpoint on disk: which files hold tensors, which lie beside them.
+
+Recognised: a Hugging Face folder (one file or an index with shards), a single `.safetensors` file, a diffusers pipeline
+folder, and torch pickles (`.bin`, `.pt`, `.pth`). No tensor is read and nothing is imported beyond the standard library;
+paths that come out of a file's content never leave its folder.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from surgery.errors import CheckpointError, printable
+
+MAX_JSON = 100_000_000  # bytes; an index or config larger than this is refused before it is read
+BASES = ("diffusion_pytorch_model", "model", "adapter_model", "pytorch_model")
+LINEAGE_FILE = "surgery.json"
+_PICKLES = (".bin", ".pt", ".pth")
+_WEIGHTS = (*_PICKLES, ".safetensors", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_MAX_SIDE_FILES = 100_000
+
+
+@dataclass(frozen=True)
+class PartLayout:
+    """One sub-model, in the folder of its own name below the root ("" is the root); `files` hold its tensors."""
+
+    name: str
+    base: str  # stem of the weight files: "model", "diffusion_pytorch_model", …
+    files: tuple[str, ...]  # relative to the root
+    pickle: bool
+    weight_map: dict[str, str] | None  # tensor name -> file relative to the part's folder, when an index says so
+    index: str | None
+    config: str | None  # relative to the root
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`kind` is one of "hf", "file", "pipeline". `side_files` are the other files, relative to the root; `ignored` are
+    weights in forms or variants that were not chosen (they would be stale beside an edited output)."""
+
+    kind: str
+    root: Path
+    parts: tuple[PartLayout, ...]
+    side_files: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def find_layout(path: Path) -> Layout:
+    """Recognise what lies at `path`. Raises `CheckpointError` naming what is missing or contradictory."""
+    if not path.exists():
+        raise CheckpointError("missing", f"{path}: no such file or folder", hint="check the path")
+    if path.is_file():
+        return _file(path)
+    if (path / "model_index.json").is_file():
+        return _pipeline(path)
+    part = _part(path, name="")
+    if part is None:
+        raise CheckpointError(
+            "no-weights",
+            f"{path}: no checkpoint: neither model.safetensors, diffusion_pytorch_model.safetensors, an index of "
+            "shards, a .bin file nor a model_index.json",
+            hint="name the folder that holds the weights, or a .safetensors file itself",
+        )
+    return Layout("hf", path, (part,), *_other_files(path, (part,)))
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of bounded size; raises `CheckpointError` naming the file."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError("malformed", f"{path}: larger than {MAX_JSON} bytes", hint="this is no JSON side file")
+        return json.loads(path.read_bytes())
+    except OSError as err:
+        raise CheckpointError("unreadable", f"{path}: {err.strerror}", hint="check the path and its rights") from None
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(
+            "malformed", f"{path}: not JSON ({printable(str(err), limit=80)})", hint="the file is damaged; fetch it again"
+        ) from None
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts `layers.2` before `layers.10`."""
+    from re import split
+
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in split(r"(\d+)", name) if piece]
+
+
+def safe_relative(name: object) -> bool:
+    """Whether `name` is a file name that stays inside the folder it is joined to, by POSIX and Windows rules."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    for pure in (PurePosixPath(name), PureWindowsPath(name)):
+        if pure.is_absolute() or pure.drive or pure.root or ".." in pure.parts:
+            return False
+    return True
+
+
+def _file(path: Path) -> Layout:
+    if path.suffix == ".safetensors":
+        part = PartLayout("", path.stem, (path.name,), False, None, None, None)
+    elif path.suffix in _PICKLES:
+        part = PartLayout("", path.stem, (path.name,), True, None, None, None)
+    elif path.name.endswith(".index.json"):
+        raise CheckpointError("not-weights", f"{path} is an index", hint=f"name its folder instead: {path.parent}")
+    else:
+        raise CheckpointError(
+            "unknown-layout",
+            f"{path}: not a file of tensors that we read",
+            hint="readable: .safetensors, .bin, .pt, .pth, or a folder with one of them",
+        )
+    return Layout("file", path.parent, (part,), (), ())
+
+
+def _pipeline(root: Path) -> Layout:
+    index = read_json(root / "model_index.json")
+    if not isinstance(index, dict):
+        raise CheckpointError("malformed", f"{root / 'model_index.json'}: not a JSON object", hint="not a pipeline folder")
+    parts = []
+    for name in sorted(k for k, v in index.items() if not k.startswith("_") and isinstance(v, list)):
+        if not safe_relative(name) or "/" in name or "\\" in name:
+            raise CheckpointError(
+                "unsafe-path", f"{root / 'model_index.json'}: part '{printable(name)}' is no folder name", hint="edit the file"
+            )
+        if (root / name / "config.json").is_file():
+            part = _part(root / name, name=name)
+            if part is not None:
+                parts.append(part)
+    if not parts:
+        raise CheckpointError("no-weights", f"{root}: a pipeline folder without weights in any part", hint="fetch it again")
+    return Layout("pipeline", root, tuple(parts), *_other_files(root, tuple(parts)))
+
+
+def _part(folder: Path, *, name: str) -> PartLayout | None:
+    prefix = f"{name}/" if name else ""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    single = [n for n in names if n.endswith(".safetensors") and _base_of(n[: -len(".safetensors")]) and "-of-" not in n]
+    index = [n for n in names if n.endswith(".safetensors.index.json")]
+    pickle = False
+    if not single and not index:
+        pickle = True
+        single = [n for n in names if n.endswith(_PICKLES) and _base_of(n.rsplit(".", 1)[0]) and "-of-" not in n]
+        index = [n for n in names if n.endswith(".bin.index.json")]
+    if len(single) + len(index) > 1:
+        plain = [n for n in [*single, *index] if n.split(".")[0] in BASES and n.count(".") == (1 if n in single else 3)]
+        if len(plain) != 1 or len({n.split(".")[0] for n in [*single, *index]}) > 1:
+            raise CheckpointError(
+                "ambiguous",
+                f"{folder}: several sets of weights side by side: {', '.join(map(printable, [*single, *index]))}",
+                hint="loaders disagree about which one counts: remove or move away all but one",
+            )
+        single, index = [n for n in single if n in plain], [n for n in index if n in plain]
+    config = f"{prefix}config.json" if (folder / "config.json").is_file() else None
+    if index:
+        weight_map = _weight_map(folder / index[0], ".bin" if pickle else ".safetensors")
+        files = sorted(set(weight_map.values()), key=natural)
+        for file in files:
+            if not (folder / file).is_file():
+                raise CheckpointError(
+                    "missing-shard", f"{folder / file}: named by {index[0]} and not there", hint="fetch the shard"
+                )
+        base = index[0].split(".")[0]
+        paths = tuple(prefix + file for file in files)
+        return PartLayout(name, base, paths, pickle, weight_map, prefix + index[0], config)
+    if single:
+        return PartLayout(name, single[0].split(".")[0], (prefix + single[0],), pickle, None, None, config)
+    return None
+
+
+def _base_of(stem: str) -> bool:
+    return stem.split(".")[0] in BASES
+
+
+def _weight_map(path: Path, extension: str) -> dict[str, str]:
+    document = read_json(path)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("malformed", f"{path}: weight_map is not an object of names", hint="fetch the index again")
+    for tensor, file in weight_map.items():
+        if not safe_relative(file):
+            raise CheckpointError(
+                "unsafe-path",
+                f"{path}: '{printable(tensor)}' is said to be in {printable(str(file))}, outside the folder",
+                hint="an index may only name files beside it; do not use this checkpoint",
+            )
+        if not file.endswith(extension):
+            raise CheckpointError(
+                "inconsistent", f"{path}: '{printable(tensor)}' is said to be in {printable(file)}, no {extension} file"
+            )
+    return weight_map
+
+
+def _other_files(root: Path, parts: tuple[PartLayout, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    taken = {name for part in parts for name in (*part.files, part.index)} | {LINEAGE_FILE}
+    side, ignored = [], []
+    for name in _walk(root):
+        if name in taken:
+            continue
+        stale = name.endswith(_WEIGHTS) or (name.endswith(".json") and ".index." in name.rsplit("/", 1)[-1])
+        (ignored if stale else side).append(name)
+        if len(side) > _MAX_SIDE_FILES:
+            raise CheckpointError(
+                "unknown-layout", f"{root}: more than {_MAX_SIDE_FILES} files", hint="name the checkpoint itself"
+            )
+    return tuple(side), tuple(ignored)
+
+
+def _walk(root: Path, prefix: str = "") -> Iterator[str]:
+    for entry in sorted(os.scandir(root / prefix), key=lambda e: e.name):
+        relative = f"{prefix}{entry.name}"
+        if entry.name.startswith("."):
+            continue  # .git, .cache and our own working folders are not part of a checkpoint
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, f"{relative}/")
+        elif entry.is_file():
+            yield relative

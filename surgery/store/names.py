@@ -1,0 +1,141 @@
+"""From what a user types to a folder on this machine: path, alias, or hub id.
+
+Order: an existing path, an alias, a hub id `org/name[@revision]`; each may end in `:part`. `hub:org/name` and `./path`
+force one reading. The network is touched here and nowhere else, through huggingface_hub, and never when
+HF_HUB_OFFLINE is set or `offline` is asked for.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import CheckpointError, OfflineError, ResourceError, UsageError, closest, printable
+from surgery.store.checkpoint import Checkpoint, open_checkpoint
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+ALIASES: Mapping[str, str] = {
+    "dit-xl-2": "hub:facebook/DiT-XL-2-256",
+    "dit-xl-2-512": "hub:facebook/DiT-XL-2-512",
+    "pixart-sigma": "hub:PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    "dit-digits": "asset:dit-digits",
+    "digits-classifier": "asset:digits-classifier",
+}
+
+_HUB_ID = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<part>[\w-]+))?$")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a name led: a local path, the part asked for, and for hub ids the repository and commit."""
+
+    typed: str
+    path: Path
+    part: str | None = None
+    repo: str | None = None
+    commit: str | None = None
+    alias: str | None = None
+
+
+def resolve(typed: str, *, offline: bool = False) -> Resolved:
+    """Find what `typed` names. Raises `CheckpointError` when nothing has that name, `OfflineError` when it would have
+    to be downloaded and may not or cannot be."""
+    if not typed:
+        raise UsageError("empty-name", "an empty name for a checkpoint", hint="name a folder, an alias or org/name")
+    if not typed.startswith("hub:"):
+        if (path := Path(typed).expanduser()).exists():
+            return Resolved(typed, path)
+        stem, _, part = typed.rpartition(":")
+        if stem and (path := Path(stem).expanduser()).exists():
+            return Resolved(typed, path, part)
+    aliases = known_aliases()
+    stem, _, part = typed.partition(":")
+    if stem in aliases:
+        return _follow(typed, stem, aliases[stem], part or None, offline)
+    match = _HUB_ID.match(typed.removeprefix("hub:"))
+    if match and (typed.startswith("hub:") or not typed.startswith((".", "/", "~"))):
+        return _hub(typed, match["repo"], match["revision"], match["part"], offline)
+    raise CheckpointError(
+        "missing", f"{printable(typed)}: no such file, folder or alias", hint=closest(stem, sorted(aliases))
+    )  # fmt: skip
+
+
+def open_named(typed: str, *, offline: bool = False, key: str | None = None) -> Checkpoint:
+    """Resolve and open in one step; the checkpoint's `name` is what was typed."""
+    found = resolve(typed, offline=offline)
+    return open_checkpoint(found.path, name=typed, part=found.part, key=key)
+
+
+def known_aliases() -> dict[str, str]:
+    """The built-in aliases and those of ~/.config/surgery/aliases.toml (`[aliases]`, name = "target"), which win."""
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    path = Path(base) / "surgery" / "aliases.toml"
+    if not path.is_file():
+        return dict(ALIASES)
+    try:
+        own = tomllib.loads(path.read_text("utf-8")).get("aliases", {})
+    except (ValueError, OSError) as err:
+        raise UsageError("aliases", f"{path}: {printable(str(err), limit=100)}", hint="repair the file or move it away") from None
+    if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
+        raise UsageError("aliases", f"{path}: [aliases] must map names to strings", hint='write name = "org/name"')
+    return {**ALIASES, **own}
+
+
+def _follow(typed: str, alias: str, target: str, part: str | None, offline: bool) -> Resolved:
+    if target.startswith("asset:"):
+        path = ASSETS / target.removeprefix("asset:")
+        if not path.is_dir():
+            raise CheckpointError("missing", f"{alias}: the shipped weights are not installed", hint="install the package again")
+        return Resolved(typed, path, part, alias=alias)
+    match = _HUB_ID.match(target.removeprefix("hub:"))
+    if match and (target.startswith("hub:") or not Path(target).expanduser().exists()):
+        return _hub(typed, match["repo"], match["revision"], part or match["part"], offline, alias=alias)
+    path = Path(target).expanduser()
+    if not path.exists():
+        raise CheckpointError("missing", f"{alias}: the alias names {target}, which is not there", hint="edit aliases.toml")
+    return Resolved(typed, path, part, alias=alias)
+
+
+def _hub(typed: str, repo: str, revision: str | None, part: str | None, offline: bool, *, alias: str | None = None) -> Resolved:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ResourceError("missing-package", "hub ids need huggingface_hub", hint="pip install huggingface_hub") from None
+    shown = f"{typed} ({repo})" if alias else repo
+    fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    reason = "the network is off"
+    folder = None
+    if not offline:
+        try:
+            patterns = _patterns(repo, revision)
+            folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=5)
+        except Exception as err:  # the client has a dozen kinds of failure; all of them mean: use the cache
+            reason = _reason(err)
+    if folder is None:
+        try:
+            folder = snapshot_download(repo, revision=revision, local_files_only=True)
+        except Exception:
+            raise OfflineError(
+                "not-cached", f"{shown} is not in the local hub cache and could not be fetched: {reason}",
+                hint=f"where there is a network: {fetch}   (or make random weights of that shape: surgery init)",
+            ) from None  # fmt: skip
+    path = Path(folder)
+    return Resolved(typed, path, part, repo, path.name, alias)
+
+
+def _patterns(repo: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi
+
+    # One short request: listing files would retry for half a minute before it says that there is no network.
+    siblings = HfApi().model_info(repo, revision=revision, timeout=5).siblings or []
+    weights = "*.safetensors" if any(f.rfilename.endswith(".safetensors") for f in siblings) else "*.bin"
+    return [weights, "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def _reason(err: Exception) -> str:
+    text = str(err).strip().splitlines()
+    return printable(text[0] if text else type(err).__name__, limit=120)

@@ -1,0 +1,352 @@
+"""Stage 2: light finetuning of a whole grafted diffusion transformer, and training a small one from scratch.
+
+Grafting (arXiv 2506.05340, section 3.2): after every new operator was distilled alone, the assembled model is finetuned
+on a small part of the data with the ordinary diffusion loss. AdamW, weight decay 0, linear warm-up to a constant 1e-4,
+label dropout 0.1, and an exponential moving average whose weights are the ones to use. `loss="distill"` regresses the
+frozen original's outputs instead, "both" adds the two.
+
+A run is a pure function of (weights, images, schedule, settings): killed and resumed it ends in the same bits.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.arch.diffusion import (
+    NoiseSchedule,
+    call_model,
+    draw,
+    drop_labels,
+    freeze_label_dropout,
+    heldout_loss,
+    loss_terms,
+    null_label,
+)
+from surgery.errors import CheckpointError, NonFiniteLoss, OutputError, UsageError
+from surgery.train.optim import BatchOrder, Ema, generator_for, learning_rate, weights_digest
+
+if TYPE_CHECKING:
+    from surgery.data.images import ImageSet
+
+Report = Callable[[str, Mapping[str, float]], None]
+_STATE = "finetune.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Defaults are the paper's (section 3.2): AdamW, warm-up to a constant rate, no weight decay, EMA.
+
+    schedule "constant" or "cosine" (to 0); loss "diffusion", "distill" or "both" (diffusion + distill_weight *
+    distill). val_every, save_every: steps between held-out losses and between resumable states, 0 for none. val_images
+    bounds the held-out images used, val_draws the timesteps of each.
+    """
+
+    steps: int
+    batch: int = 256
+    lr: float = 1e-4
+    warmup: int = 1000
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    clip: float = 10.0
+    ema: float = 0.9999
+    label_dropout: float = 0.1
+    seed: int = 0
+    loss: str = "diffusion"
+    distill_weight: float = 1.0
+    val_every: int = 0
+    val_images: int = 1024
+    val_draws: int = 4
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "steps": self.steps >= 0,
+            "batch": self.batch >= 1,
+            "lr": math.isfinite(self.lr) and self.lr > 0,
+            "warmup": self.warmup >= 0,
+            "schedule": self.schedule in ("constant", "cosine"),
+            "weight_decay": self.weight_decay >= 0,
+            "clip": self.clip > 0,
+            "ema": 0 <= self.ema < 1,
+            "label_dropout": 0 <= self.label_dropout <= 1,
+            "seed": self.seed >= 0,
+            "loss": self.loss in ("diffusion", "distill", "both"),
+            "distill_weight": self.distill_weight >= 0,
+            "val_every": self.val_every >= 0,
+            "val_images": self.val_images >= 1,
+            "val_draws": self.val_draws >= 1,
+            "save_every": self.save_every >= 0,
+        }
+        for name, good in checks.items():
+            if not good:
+                raise UsageError("bad-setting", f"finetuning with {name} = {getattr(self, name)!r} is not possible")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """`ema` are the weights to use and `raw` the last ones, both complete state dicts on the CPU.
+
+    `history`: one record per report: step, loss (mean since the record before), lr, grad_norm, and val (held-out loss
+    of the EMA) where it was measured. `val` is the last of those, None without validation.
+    """
+
+    ema: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def val(self) -> float | None:
+        """The last held-out loss, if any was measured."""
+        return next((h["val"] for h in reversed(self.history) if "val" in h), None)
+
+
+def fresh_dit(config: Mapping[str, Any], *, seed: int) -> nn.Module:
+    """A `DiTTransformer2DModel` of `config` with its default random weights, as `seed` gives them.
+
+    The layers' constructors draw from the global generator; it is forked, so the caller's state is untouched.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DiTTransformer2DModel(**config)
+
+
+def finetune(
+    model: nn.Module,
+    images: "ImageSet",
+    schedule: NoiseSchedule,
+    settings: FinetuneSettings,
+    *,
+    teacher: nn.Module | None = None,
+    report: Report | None = None,
+    resume_folder: Path | None = None,
+) -> FinetuneResult:
+    """Train all parameters of `model` in place on `images.train`; returns EMA and raw weights and the loss curve.
+
+    Labels are dropped once per sample; the model's own label dropout is switched off. `model` ends in eval mode with
+    the raw weights. With `resume_folder`, a state is kept there every `save_every` steps, and a run that finds one made
+    with the same weights, images, schedule and settings goes on from it to the same bits. A state is written only after
+    its weights gave a finite loss.
+
+    Raises UsageError (settings, teacher missing), CheckpointError (labels or sizes do not fit; a state of another run
+    in `resume_folder`), NonFiniteLoss (the last good state stays in `resume_folder`), OutputError (cannot write).
+    """
+    from surgery.data.images import check_fits
+
+    if settings.loss != "diffusion" and teacher is None:
+        raise UsageError("no-teacher", f"the {settings.loss!r} finetuning loss needs the original model as teacher")
+    config: Mapping[str, Any] = model.config  # type: ignore[assignment]
+    check_fits(images, config)
+    null = null_label(config)
+    device = next(model.parameters()).device
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
+    ema = Ema(parameters, settings.ema)
+    history: list[dict[str, float]] = []
+    start = 0
+    state = None
+    if resume_folder is not None:
+        key = _run_key(model, images, schedule, settings)
+        state = _State(resume_folder, key)
+        start = state.load(named, ema, optimiser, history)
+    x_train, y_train = images.train
+    x_val, y_val = images.val
+    x_val, y_val = x_val[: settings.val_images], y_val[: settings.val_images]
+    order = BatchOrder(len(x_train), settings.batch, seed=settings.seed)
+    model.train()
+    freeze_label_dropout(model)
+    if teacher is not None:
+        teacher.eval()
+    since = list(state.since) if state is not None else []
+    log_every = max(1, settings.steps // 100)
+    for step in range(start, settings.steps):
+        rate = learning_rate(
+            step, peak=settings.lr, steps=settings.steps, warmup=settings.warmup, curve=settings.schedule
+        )
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        rows = order.indices(step)
+        generator = generator_for(settings.seed, "finetune", step)
+        labels = drop_labels(y_train[rows], settings.label_dropout, null, generator).to(device)
+        loss = _loss(model, teacher, schedule, settings, x_train[rows].to(device), labels, generator)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise _non_finite("loss", value, step, state)
+        # Here the weights are proven good: this is the state that a later non-finite loss leaves behind.
+        if state is not None and settings.save_every and step % settings.save_every == 0 and step > start:
+            state.save(step, named, ema, optimiser, history, since)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
+        if not math.isfinite(norm):
+            raise _non_finite("gradient", norm, step, state)
+        optimiser.step()
+        ema.update(parameters, step)
+        since.append(value)
+        done = step + 1
+        validate = bool(settings.val_every) and (done % settings.val_every == 0 or done == settings.steps)
+        if validate or done % log_every == 0 or done == settings.steps:
+            record = {"step": float(done), "loss": sum(since) / len(since), "lr": rate, "grad_norm": norm}
+            since = []
+            if validate and len(x_val):
+                with _swapped(parameters, ema.values):
+                    record["val"] = heldout_loss(
+                        model, schedule, x_val, y_val, seed=settings.seed, n_draws=settings.val_draws
+                    )[0]
+            history.append(record)
+            if report is not None:
+                report("stage2", {"steps": settings.steps, **record})
+    model.eval()
+    raw = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    averaged = dict(raw)
+    averaged.update({name: value.cpu().clone() for (name, _), value in zip(named, ema.values, strict=True)})
+    return FinetuneResult(averaged, raw, history)
+
+
+def _loss(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    schedule: NoiseSchedule,
+    settings: FinetuneSettings,
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    t_B, eps = draw(schedule, x_BCHW, generator)
+    x_t = schedule.add_noise(x_BCHW, eps, t_B)
+    output = call_model(model, x_t, t_B, labels_B)
+    total = torch.zeros((), device=x_BCHW.device)
+    if settings.loss != "distill":
+        mse_B, vb_B = loss_terms(schedule, output, x_BCHW, eps, t_B)
+        total = total + (mse_B if vb_B is None else mse_B + vb_B).mean()
+    if settings.loss != "diffusion":
+        assert teacher is not None
+        with torch.no_grad():
+            wanted = call_model(teacher, x_t, t_B, labels_B)
+        weight = settings.distill_weight if settings.loss == "both" else 1.0
+        total = total + weight * (output - wanted).square().mean()
+    return total
+
+
+def _non_finite(what: str, value: float, step: int, state: "_State | None") -> NonFiniteLoss:
+    kept = state.saved_step if state is not None else None
+    where = "no state was kept" if kept is None else f"the last good state, step {kept}, is kept"
+    return NonFiniteLoss(
+        "non-finite-loss",
+        f"stage 2 stopped at step {step + 1}: the {what} is {value}; {where}",
+        hint="lower the finetuning learning rate or raise the warm-up",
+    )
+
+
+class _swapped:
+    """Parameters hold `values` inside the block and their own again after it."""
+
+    def __init__(self, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+        self.parameters, self.values = parameters, values
+
+    def __enter__(self) -> None:
+        self.own = [p.data for p in self.parameters]
+        for p, value in zip(self.parameters, self.values, strict=True):
+            p.data = value
+
+    def __exit__(self, *_: object) -> None:
+        for p, value in zip(self.parameters, self.own, strict=True):
+            p.data = value
+
+
+def _run_key(model: nn.Module, images: "ImageSet", schedule: NoiseSchedule, settings: FinetuneSettings) -> str:
+    """Digest of everything that decides the result, except the teacher: it is the model the weights came from."""
+    described = {k: v for k, v in asdict(settings).items() if k != "save_every"}
+    digest = hashlib.sha256(json.dumps([described, images.digest, schedule.prediction], sort_keys=True).encode())
+    digest.update(schedule.betas_T.numpy().tobytes())
+    digest.update(weights_digest(model).encode())
+    return digest.hexdigest()
+
+
+class _State:
+    """The resumable state of one run: one safetensors file, replaced whole, its place in the run in the header."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.path, self.key = folder / _STATE, key
+        self.saved_step: int | None = None
+        self.since: list[float] = []
+
+    def save(
+        self,
+        step: int,
+        named: list[tuple[str, nn.Parameter]],
+        ema: Ema,
+        optimiser: torch.optim.Optimizer,
+        history: list[dict[str, float]],
+        since: list[float],
+    ) -> None:
+        """Write the state before 0-based `step`; raises OutputError."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for (name, p), average in zip(named, ema.values, strict=True):
+            tensors[f"raw/{name}"] = p.detach().contiguous()
+            tensors[f"ema/{name}"] = average.contiguous()
+            for slot, value in optimiser.state[p].items():
+                tensors[f"{slot}/{name}"] = value.contiguous()
+        place = {"format": _FORMAT, "key": self.key, "step": step, "history": history, "since": since}
+        partial = self.path.with_suffix(".partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, metadata={"surgery": json.dumps(place)})
+            with open(partial, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise OutputError(
+                "not-writable", f"cannot keep the training state in {self.path.parent}: {error}"
+            ) from error
+        self.saved_step = step
+
+    def load(
+        self,
+        named: list[tuple[str, nn.Parameter]],
+        ema: Ema,
+        optimiser: torch.optim.Optimizer,
+        history: list[dict[str, float]],
+    ) -> int:
+        """The step to go on from, 0 without a state; raises CheckpointError when it belongs to another run."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.exists():
+            return 0
+        try:
+            with safe_open(self.path, framework="pt") as handle:
+                place = json.loads((handle.metadata() or {})["surgery"])
+                if place["format"] != _FORMAT or place["key"] != self.key:
+                    raise CheckpointError(
+                        "other-run",
+                        f"{self.path} was made by a run with other weights, images or settings",
+                        hint="name another folder, or remove that file to start again",
+                    )
+                slots = {key.split("/", 1)[0] for key in handle.keys()} - {"raw", "ema"}  # noqa: SIM118
+                with torch.no_grad():
+                    for (name, p), average in zip(named, ema.values, strict=True):
+                        p.copy_(handle.get_tensor(f"raw/{name}"))
+                        average.copy_(handle.get_tensor(f"ema/{name}"))
+                        optimiser.state[p] = {
+                            slot: handle.get_tensor(f"{slot}/{name}").to("cpu" if slot == "step" else p.device)
+                            for slot in sorted(slots)
+                        }
+                history.extend(place["history"])
+                self.since = [float(v) for v in place["since"]]
+                self.saved_step = int(place["step"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError("bad-state", f"{self.path} is not a finetuning state: {error}") from error
+        return self.saved_step
