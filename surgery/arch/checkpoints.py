@@ -1,7 +1,7 @@
 """A diffusion transformer inside a checkpoint: which part it is, whether its tensors fit its config, its noise process,
 and the module built from it. Imports torch only where the module is built."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.arch.dit import tensor_shapes
@@ -10,6 +10,7 @@ from surgery.store.checkpoint import Checkpoint, Part
 from surgery.store.layout import read_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -68,3 +69,13 @@ def load_model(base: Checkpoint) -> "nn.Module":
     part, config = transformer_part(base)
     state = {name: base.read_ref(ref) for name, ref in part.tensors.items()}
     return model_from_state(config, state, where=base.name)
+
+
+def load_decoder(base: Checkpoint, device: str) -> "Callable[[torch.Tensor], torch.Tensor] | None":
+    """Latents [n, C, H, W] to pixels in [-1, 1] by the pipeline's VAE; None for a checkpoint without one."""
+    if "vae" not in base.parts:
+        return None
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(base.root / "vae", local_files_only=True).to(device).eval()
+    return lambda z: vae.decode(z.to(device) / vae.config.scaling_factor).sample.clamp(-1, 1)

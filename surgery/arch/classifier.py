@@ -1,8 +1,8 @@
 """A small convolutional classifier whose penultimate features measure how close generated images are to real ones.
 
 It stands in for Inception on images that Inception was never made for, such as 8x8 digits; at that size it has 0.12 MB
-of weights. It has no normalisation layers, so a sample's features do not depend on the batch it is in, and no randomness
-of its own: `initialise` draws every weight from a generator.
+of weights. It has no normalisation layers, so a sample's features do not depend on its batch, and draws no numbers by
+itself: `initialise` takes a generator.
 
 Shape legend: B batch, C channels, S image size, K classes, F features.
 """
@@ -90,10 +90,12 @@ class FeatureClassifier(nn.Module):
         h = x_BCSS
         for convolution in self.convolutions:
             h = functional.relu(convolution(h))
-        return functional.relu(self.to_features(h.flatten(1)))
+        h_BF: Tensor = functional.relu(self.to_features(h.flatten(1)))
+        return h_BF
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
-        return self.to_logits(self.features(x_BCSS))
+        logits_BK: Tensor = self.to_logits(self.features(x_BCSS))
+        return logits_BK
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -103,7 +105,8 @@ class FeatureClassifier(nn.Module):
                 gain = 1.0 if module is self.to_logits else math.sqrt(2.0)
                 fan_in = module.weight[0].numel()
                 module.weight.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
-                module.bias.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
 
 
 def build_classifier(config: Mapping[str, Any] | ClassifierConfig, *, where: str = "config") -> FeatureClassifier:

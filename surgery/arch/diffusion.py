@@ -247,7 +247,8 @@ def _log_likelihood_256(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def call_model(model: Callable[..., Any], x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
     """The network's output for a batch, named arguments throughout: t and the labels are both small integers, and a
     swapped pair would go unnoticed."""
-    return model(x_BCHW, timestep=t_B, class_labels=labels_B).sample
+    output: Tensor = model(x_BCHW, timestep=t_B, class_labels=labels_B).sample
+    return output
 
 
 def diffusion_loss(

@@ -11,7 +11,9 @@ from surgery.cli.operation import open_source
 from surgery.errors import CheckpointError, Mismatch
 from surgery.store.checkpoint import Checkpoint
 
-Source = Annotated[str, typer.Argument(metavar="CKPT", help="Folder, file, alias, hub id, or - for a path on standard input.")]
+Source = Annotated[
+    str, typer.Argument(metavar="CKPT", help="Folder, file, alias, hub id, or - for a path on standard input.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
 
@@ -20,7 +22,9 @@ def inspect(
     source: Source,
     as_json: AsJson = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on what the format allows but no writer should do.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail on what the format allows but no writer should do.")
+    ] = False,
     key: Annotated[str | None, typer.Option("--key", help="Dictionary to open inside a pickle, e.g. ema.")] = None,
     offline: Offline = False,
 ) -> None:
@@ -31,7 +35,9 @@ def inspect(
     checkpoint = open_source(source, offline=offline, key=key)
     oddities = [o for part in checkpoint.parts.values() for o in part.oddities]
     if strict and oddities:
-        raise CheckpointError("odd", f"{checkpoint.name}: {oddities[0]}", hint="write the file again with surgery or safetensors")
+        raise CheckpointError(
+            "odd", f"{checkpoint.name}: {oddities[0]}", hint="write the file again with surgery or safetensors"
+        )
     facts = checkpoint.to_json()
     facts["dtypes"] = _count_dtypes(checkpoint)
     facts["parts"] = {p.name or ".": len(p.tensors) for p in checkpoint.parts.values()}
@@ -55,9 +61,14 @@ def inspect(
         output.warn(oddity)
     output.data("")
     if tensors:
-        output.table(["tensor", "dtype", "shape"], [[r["name"], r["dtype"], "×".join(map(str, r["shape"]))] for r in facts["rows"]])
+        output.table(
+            ["tensor", "dtype", "shape"],
+            [[r["name"], r["dtype"], "×".join(map(str, r["shape"]))] for r in facts["rows"]],
+        )
     else:
-        output.table(["block", "tensors", "parameters"], [[b["block"], b["tensors"], b["parameters"]] for b in facts["blocks"]])
+        output.table(
+            ["block", "tensors", "parameters"], [[b["block"], b["tensors"], b["parameters"]] for b in facts["blocks"]]
+        )
 
 
 def log(
@@ -73,7 +84,11 @@ def log(
     checkpoint = open_source(source, offline=offline)
     record = checkpoint.lineage
     if record is None:
-        raise CheckpointError("no-lineage", f"{checkpoint.name}: no surgery.json beside the weights", hint="not made by surgery: it is a root of the graph")
+        raise CheckpointError(
+            "no-lineage",
+            f"{checkpoint.name}: no surgery.json beside the weights",
+            hint="not made by surgery: it is a root of the graph",
+        )
     if as_json:
         output.data_json(record)
         return
@@ -92,14 +107,20 @@ def verify(source: Source, as_json: AsJson = False, offline: Offline = False) ->
     checkpoint = open_source(source, offline=offline)
     faults = check(checkpoint)
     if as_json:
-        output.data_json({"path": str(checkpoint.path), "ok": not faults, "faults": faults, "tensors": len(checkpoint.tensors)})
+        output.data_json(
+            {"path": str(checkpoint.path), "ok": not faults, "faults": faults, "tensors": len(checkpoint.tensors)}
+        )
     elif not faults:
         output.data(f"ok  {checkpoint.path}  {len(checkpoint.tensors):,} tensors and every file match the record")
     else:
         for fault in faults:
             output.data(fault)
     if faults:
-        raise Mismatch("differs", f"{checkpoint.name}: {len(faults)} differences from its record, first: {faults[0]}", hint="rebuild it with the command that surgery log shows")
+        raise Mismatch(
+            "differs",
+            f"{checkpoint.name}: {len(faults)} differences from its record, first: {faults[0]}",
+            hint="rebuild it with the command that surgery log shows",
+        )
 
 
 def _count_dtypes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -122,7 +143,9 @@ def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         groups[block][1] += prod(ref.shape)
     from surgery.store.layout import natural
 
-    return [{"block": b, "tensors": n, "parameters": p} for b, (n, p) in sorted(groups.items(), key=lambda g: natural(g[0]))]
+    return [
+        {"block": b, "tensors": n, "parameters": p} for b, (n, p) in sorted(groups.items(), key=lambda g: natural(g[0]))
+    ]
 
 
 def _tree(record: Mapping[str, Any], ancestors: Mapping[str, Any], tensors: bool, indent: str) -> list[str]:

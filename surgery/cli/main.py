@@ -34,7 +34,12 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
     ),
     "eval": (
         "Measure checkpoints and their outputs.",
-        {"images": ("surgery.cli.images:eval_images", "Frechet distance, KID, precision and recall of sampled images.")},
+        {
+            "images": (
+                "surgery.cli.images:eval_images",
+                "Frechet distance, KID, precision and recall of sampled images.",
+            )
+        },
     ),
 }
 
@@ -60,7 +65,9 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             path = ctx.command_path
-            raise UsageError("unknown-command", f"no command '{args[0]}' in {path}", hint=closest(args[0], self.list_commands(ctx)))
+            raise UsageError(
+                "unknown-command", f"no command '{args[0]}' in {path}", hint=closest(args[0], self.list_commands(ctx))
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -102,7 +109,12 @@ def _load(name: str, target: str, summary: str) -> Any:
 
 
 app = typer.Typer(
-    cls=_RootGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, epilog=_EPILOG
+    cls=_RootGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog=_EPILOG,
 )
 
 
@@ -114,7 +126,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Edit pretrained checkpoints: graft operators, train, evaluate, and know afterwards what was done.
@@ -169,7 +183,11 @@ def _foreign(err: Exception) -> None:
     if code is not None:
         if type(err).__name__ not in ("Exit", "NoArgsIsHelpError"):
             context = getattr(err, "ctx", None)
-            where = f"surgery {context.command_path.removeprefix('surgery').strip()} --help".replace("  ", " ") if context else "--help"
+            where = (
+                f"surgery {context.command_path.removeprefix('surgery').strip()} --help".replace("  ", " ")
+                if context
+                else "--help"
+            )
             message = err.format_message() if hasattr(err, "format_message") else str(err)
             output.error(UsageError("option", message.rstrip("."), hint=f"see {where}"))
         elif type(err).__name__ == "NoArgsIsHelpError":
@@ -178,7 +196,15 @@ def _foreign(err: Exception) -> None:
     if isinstance(err, MemoryError):
         from surgery.errors import ResourceError
 
-        output.error(ResourceError("memory", "not enough memory for this work", hint="use fewer --workers or smaller batches"))
+        output.error(
+            ResourceError("memory", "not enough memory for this work", hint="use fewer --workers or smaller batches")
+        )
         output.leave(5)
-    output.error(SurgeryError("internal", f"{type(err).__name__}: {err}", hint="this is a fault of ours; run again with SURGERY_DEBUG=1 and report it"))
+    output.error(
+        SurgeryError(
+            "internal",
+            f"{type(err).__name__}: {err}",
+            hint="this is a fault of ours; run again with SURGERY_DEBUG=1 and report it",
+        )
+    )
     output.leave(1)

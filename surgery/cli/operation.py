@@ -18,12 +18,18 @@ from surgery.store.checkpoint import Checkpoint
 from surgery.store.names import open_named
 
 _COMMON: dict[str, tuple[Any, Any]] = {
-    "out": (Path | None, typer.Option("-o", "--out", metavar="DIR", help="Output folder [default: ./<source>-<operation>-<8 hex>].")),
+    "out": (
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", help="Output folder [default: ./<source>-<operation>-<8 hex>]."),
+    ),
     "seed": (int, typer.Option("--seed", help="Seed of everything random; recorded.")),
     "device": (str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")),
     "threads": (int, typer.Option("--threads", min=1, help="Threads for training; recorded, since sums depend on it.")),
     "workers": (int, typer.Option("--workers", min=0, help="Tensors in work at once [default: the cores, at most 4].")),
-    "shard_size": (str, typer.Option("--shard-size", metavar="SIZE", help="Largest size of a new weight file, e.g. 500MB, 2GiB.")),
+    "shard_size": (
+        str,
+        typer.Option("--shard-size", metavar="SIZE", help="Largest size of a new weight file, e.g. 500MB, 2GiB."),
+    ),
     "dry_run": (bool, typer.Option("--dry-run", help="Print the plan and its cost from headers alone; write nothing.")),
     "resume": (bool, typer.Option("--resume", help="Go on with a run of the same command that was interrupted.")),
     "overwrite": (bool, typer.Option("--overwrite", help="Replace an output that surgery made, in one step.")),
@@ -51,7 +57,9 @@ def command_function(name: str, summary: str) -> Callable[..., None]:
     signature: list[inspect.Parameter] = []
     for i in range(kind.parents):
         label = getattr(kind, "parent_names", ("MODEL",) * kind.parents)[i]
-        argument = typer.Argument(metavar=label, help="Folder, file, alias, hub id, or - for a path on standard input.", show_default=False)
+        argument = typer.Argument(
+            metavar=label, help="Folder, file, alias, hub id, or - for a path on standard input.", show_default=False
+        )
         signature.append(_parameter(f"parent_{i}", str, argument, MISSING))
     for field, (hint, param, default) in params.items():
         signature.append(_parameter(field, *_option(field, hint, param, default)))
@@ -68,7 +76,11 @@ def _option(field: str, hint: Any, param: Param, default: Any) -> tuple[Any, Any
     many = get_origin(hint) is tuple
     kind: Any = list[str] if many else hint
     if param.positional:
-        return kind, typer.Argument(metavar=param.metavar or field.upper(), help=param.help, show_default=False), default
+        return (
+            kind,
+            typer.Argument(metavar=param.metavar or field.upper(), help=param.help, show_default=False),
+            default,
+        )
     flags = [*param.flags, f"{flag}/--no-{field.replace('_', '-')}" if hint is bool and default is True else flag]
     extra: dict[str, Any] = {"metavar": param.metavar} if param.metavar else {}
     option = typer.Option(*flags, help=param.help, show_default=default not in (MISSING, None, (), "", False), **extra)
@@ -78,7 +90,10 @@ def _option(field: str, hint: Any, param: Param, default: Any) -> tuple[Any, Any
 def _parameter(name: str, hint: Any, info: Any, default: Any) -> inspect.Parameter:
     empty = inspect.Parameter.empty
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, info], default=empty if default is MISSING else default
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[hint, info],
+        default=empty if default is MISSING else default,
     )
 
 
@@ -136,9 +151,15 @@ def open_source(source: str, *, offline: bool = False, key: str | None = None) -
             try:
                 text = str(json.loads(text)["path"])
             except (ValueError, KeyError):
-                raise UsageError("stdin", "standard input is no path and no JSON with one", hint="pipe in the output of a surgery command") from None
+                raise UsageError(
+                    "stdin",
+                    "standard input is no path and no JSON with one",
+                    hint="pipe in the output of a surgery command",
+                ) from None
         if not text or "\n" in text:
-            raise UsageError("stdin", "standard input must be exactly one path", hint="pipe in the output of a surgery command")
+            raise UsageError(
+                "stdin", "standard input must be exactly one path", hint="pipe in the output of a surgery command"
+            )
         source = text
     return open_named(source, offline=offline, key=key)
 

@@ -92,7 +92,8 @@ def count(n: float, unit: str = "") -> str:
 class Progress:
     """A `Report`: turns events (name, numbers) into bars on a terminal, and into rare lines elsewhere with -v.
 
-    Understands {"done", "total"} in bytes and {"step", "steps"} in steps; other numbers are shown beside the bar.
+    Understands {"step", "steps"}, {"done", "total"} and {"done", "n"}, each for one of several {"operator", "operators"};
+    other numbers are shown beside the bar.
     """
 
     def __init__(self) -> None:
@@ -109,8 +110,13 @@ class Progress:
             self._live.stop()
 
     def __call__(self, event: str, numbers: Mapping[str, float]) -> None:
-        done, total = numbers.get("done", numbers.get("step", 0)), numbers.get("total", numbers.get("steps", 0))
-        extra = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k not in ("done", "total", "step", "steps"))
+        steps = "steps" in numbers
+        done = numbers.get("step" if steps else "done", 0)
+        total = numbers.get("steps" if steps else "total", numbers.get("n", 0))
+        counters = ("done", "total", "n", "step", "steps", "operator", "operators")
+        extra = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k not in counters)
+        if numbers.get("operators", 1) > 1:
+            event = f"{event} {numbers['operator'] + 1:.0f}/{numbers['operators']:.0f}"
         now = time.monotonic()
         if self._on_terminal:
             if total and (now - self._last > 0.1 or done >= total or event not in self._bars):

@@ -141,7 +141,7 @@ def _build(
         raise CheckpointError("non-finite-images", f"{name} holds values that are not finite")
     digest = hashlib.sha256(f"{tuple(images.shape)}/{n_classes}".encode())
     for tensor in (images, labels, val_rows):
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.numpy().data)
     return ImageSet(images, labels, n_classes, name, val_rows, digest.hexdigest())
 
 
@@ -168,10 +168,10 @@ def _fashion() -> ImageSet:
     parts = []
     for part in ("train", "t10k"):
         pixels = _idx(folder / f"{part}-images-idx3-ubyte.gz", dims=3)
-        labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", dims=1)
-        if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28):
-            raise CheckpointError("bad-idx", f"{folder} holds {pixels.shape} {part} images and {len(labels)} labels")
-        parts.append((torch.from_numpy(pixels), torch.from_numpy(labels)))
+        classes = _idx(folder / f"{part}-labels-idx1-ubyte.gz", dims=1)
+        if len(pixels) != len(classes) or pixels.shape[1:] != (28, 28):
+            raise CheckpointError("bad-idx", f"{folder} holds {pixels.shape} {part} images and {len(classes)} labels")
+        parts.append((torch.from_numpy(pixels), torch.from_numpy(classes)))
     (train_x, train_y), (val_x, val_y) = parts
     images = torch.cat([train_x, val_x])[:, None].to(torch.float32) / 127.5 - 1
     labels = torch.cat([train_y, val_y]).to(torch.int64)
@@ -235,7 +235,7 @@ def _folder(where: Path, spec: str, size: int | None, channels: int | None) -> I
             raise CheckpointError("empty-class", f"{folder} holds no PNG or JPEG file")
         files += found
         labels += [label] * len(found)
-    pictures = []
+    pictures: list[Image.Image] = []
     for path in files:
         try:
             with Image.open(path) as opened:

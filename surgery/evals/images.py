@@ -62,9 +62,9 @@ def evaluate_images(
     else:
         from surgery.evals.features import extract, open_extractor
 
-        extractor = open_extractor(features)
         if generated.images is None:
             raise UsageError("no-images", f"{samples} holds features but no images", hint="use the features npz")
+        extractor = open_extractor(features)
         name, real_pixels = _reference(ref, split)
         gen, probs = extract(generated.images, extractor, report=report)
         real, _ = extract(real_pixels, extractor, report=report)

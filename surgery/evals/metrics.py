@@ -101,10 +101,11 @@ def _moments(x: Array) -> tuple[Array, Array]:
 
 def _psd_root(matrix: Array) -> Array:
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(_clean(values))) @ vectors.T
+    root: Array = (vectors * np.sqrt(_clean(values))) @ vectors.T
+    return root
 
 
-def _clean(eigenvalues: Array) -> Array:
+def _clean(eigenvalues: NDArray[np.floating]) -> Array:
     # Eigenvalues of a positive semi-definite matrix come out as +-1e-17 where they are zero; the square root would
     # turn each into 1e-9, and a singular 2048-wide covariance has many.
     floor = max(0.0, float(eigenvalues.max(initial=0.0))) * len(eigenvalues) * np.finfo(np.float64).eps
@@ -171,8 +172,8 @@ def precision_recall(ref: ArrayLike, gen: ArrayLike, k: int = 3) -> tuple[float,
             )
     # The origin cancels in distances; moving it to the middle keeps the expanded square accurate.
     centre = ref.mean(axis=0)
-    ref, gen = ref - centre, gen - centre
-    return _coverage(gen, ref, _radii(ref, k)), _coverage(ref, gen, _radii(gen, k))
+    real, made = ref - centre, gen - centre
+    return _coverage(made, real, _radii(real, k)), _coverage(real, made, _radii(made, k))
 
 
 def _radii(x: Array, k: int) -> Array:
@@ -207,9 +208,9 @@ def kid(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the unbiased MMD^2 over `n_subsets` pairs of random subsets (KID).
 
-    Kernel `(x.y / d + 1)^3`. Subsets are drawn without replacement. Unbiased for independent draws, so it may be negative
-    when the sets agree, and unlike the Frechet distance its expectation does not depend on the number of samples. Images
-    generated with fixed numbers per class are not independent draws: theirs comes out low, clearly so for few images.
+    Kernel `(x.y / d + 1)^3`. Subsets are drawn without replacement. Unbiased for independent draws, so it may be
+    negative when the sets agree, and unlike the Frechet distance its expectation does not depend on the number of
+    samples. Images made with fixed numbers per class are not independent: for few of them it comes out clearly low.
     Raises UsageError when a set is smaller than `subset_size`.
     """
     a, b = _pair(a, b, minimum=2)

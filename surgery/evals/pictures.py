@@ -72,7 +72,8 @@ def side_by_side(
     """
     if not columns:
         raise UsageError("no-images", "no columns to show side by side")
-    sheets, captions = [], []
+    sheets: list[tuple[str, list[NDArray[np.uint8]], int]] = []
+    captions: list[str] = []
     for title, images in columns.items():
         rows, captions = _by_class(_pixels(images), labels, per_class, names)
         sheets.append((title, rows, per_class))
@@ -187,17 +188,19 @@ def curves(
     canvas_module.FigureCanvasAgg(figure)  # drawn without pyplot, which keeps global state and may want a display
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(shown.items()):
-        xs, ys = zip(*points, strict=True)
         style, colour = _DASHES[i // len(_COLOURS) % len(_DASHES)], _COLOURS[i % len(_COLOURS)]
         mark = "o" if len(points) <= 12 else None
-        axes.plot(xs, ys, style, color=colour, label=name, linewidth=1.6, marker=mark, markersize=3.5)
+        axes.plot(
+            *zip(*points, strict=True), style, color=colour, label=name, linewidth=1.6, marker=mark, markersize=3.5
+        )
     if log_y:
         axes.set_yscale("log")
         ys = [y for points in shown.values() for _, y in points]
         if max(ys) / min(ys) < 30:  # within a decade or so the log axis would carry one label or none
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            near = max(ys) / min(ys) < 4
+            axes.yaxis.set_major_locator(ticker.MaxNLocator(6) if near else ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
             axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if title:

@@ -218,7 +218,7 @@ def sample(
     return torch.cat(out)
 
 
-def _predict(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, *, guidance: float, first: int) -> Tensor:
+def _predict(model: Any, x: Tensor, t: Tensor, y: Tensor, *, guidance: float, first: int) -> Tensor:
     """The guided output, float32 [B, C or 2C, H, W]; channels from `first` on are the conditional pass's."""
     dtype = next(model.parameters()).dtype
     if guidance == 1.0:
@@ -373,6 +373,10 @@ def load_samples(path: str | Path) -> Samples:
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3)):
         raise CheckpointError(
             "bad-samples", f"{path}: arr_0 is {images.dtype} {list(images.shape)}, not uint8 [n, H, W, 1 or 3]"
+        )
+    if features is not None and (not np.issubdtype(features.dtype, np.number) or features.ndim != 2):
+        raise CheckpointError(
+            "bad-samples", f"{path}: features are {features.dtype} {list(features.shape)}, not numbers [n, d]"
         )
     try:
         settings = json.loads(str(entries["settings"])) if "settings" in entries else {}

@@ -46,8 +46,17 @@ def make_record(
             own = dict(parent.lineage)
             ancestors.update(own.pop("ancestors", {}))
             ancestors[parent.lineage["record"]] = own
-    rows = {e.full_name: {"sha256": tensors[e.full_name], "dtype": e.dtype, "shape": list(e.shape)} for e in plan.entries}
-    step = {"op": op, "version": version, "params": dict(params), "seed": seed, "parents": names, "key": f"sha256:{key}"}
+    rows = {
+        e.full_name: {"sha256": tensors[e.full_name], "dtype": e.dtype, "shape": list(e.shape)} for e in plan.entries
+    }
+    step = {
+        "op": op,
+        "version": version,
+        "params": dict(params),
+        "seed": seed,
+        "parents": names,
+        "key": f"sha256:{key}",
+    }
     if training:
         step["training"] = dict(training)
     record: dict[str, Any] = {
@@ -90,7 +99,9 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     record = checkpoint.lineage
     if record is None:
         raise CheckpointError(
-            "no-lineage", f"{checkpoint.name}: no {LINEAGE_FILE} beside the weights", hint="only what surgery made can be verified"
+            "no-lineage",
+            f"{checkpoint.name}: no {LINEAGE_FILE} beside the weights",
+            hint="only what surgery made can be verified",
         )
     faults = []
     if record.get("record") != record_digest(record):
@@ -117,7 +128,9 @@ def verify(checkpoint: Checkpoint) -> list[str]:
         if row is None:
             faults.append(f"tensor {printable(name)}: not in the record")
         elif [ref.dtype, list(ref.shape)] != [row["dtype"], row["shape"]]:
-            faults.append(f"tensor {printable(name)}: {ref.dtype}{list(ref.shape)}, recorded {row['dtype']}{row['shape']}")
+            faults.append(
+                f"tensor {printable(name)}: {ref.dtype}{list(ref.shape)}, recorded {row['dtype']}{row['shape']}"
+            )
         elif checkpoint.hash_tensor(ref) != row["sha256"]:
             faults.append(f"tensor {printable(name)}: altered")
     faults += [f"tensor {printable(n)}: missing" for n in recorded if n not in checkpoint.tensors]
@@ -165,7 +178,12 @@ def _changes(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", entry.full_name, count=1)
         groups.setdefault((pattern, how, sources), []).extend(numbers)
     return [
-        {"tensors": p.replace("{}", "{" + _ranges(n) + "}", 1) if n else p, "count": max(1, len(n)), "how": how, "from": list(src)}
+        {
+            "tensors": p.replace("{}", "{" + _ranges(n) + "}", 1) if n else p,
+            "count": max(1, len(n)),
+            "how": how,
+            "from": list(src),
+        }
         for (p, how, src), n in groups.items()
     ]
 

@@ -178,7 +178,11 @@ def op_params(op: type | Any) -> dict[str, tuple[Any, Param, Any]]:
             continue
         base, *extras = get_args(annotated)
         param = next(e for e in extras if isinstance(e, Param))
-        default = f.default if f.default is not MISSING else (f.default_factory() if f.default_factory is not MISSING else MISSING)
+        default = (
+            f.default
+            if f.default is not MISSING
+            else (f.default_factory() if f.default_factory is not MISSING else MISSING)
+        )
         found[f.name] = (base, param, default)
     return found
 
@@ -188,7 +192,9 @@ def build_op(kind: type, values: Mapping[str, Any]) -> Any:
     known = op_params(kind)
     for name in values:
         if name not in known:
-            raise UsageError("unknown-parameter", f"{kind.name}: no parameter '{name}'", hint=closest(name, list(known)))  # type: ignore[attr-defined]
+            raise UsageError(
+                "unknown-parameter", f"{kind.name}: no parameter '{name}'", hint=closest(name, list(known))
+            )  # type: ignore[attr-defined]
     missing = [n for n, (_, _, default) in known.items() if default is MISSING and n not in values]
     if missing:
         raise UsageError("missing-parameter", f"{kind.name}: {', '.join(missing)} must be given", hint="see its --help")  # type: ignore[attr-defined]

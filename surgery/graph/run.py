@@ -61,11 +61,11 @@ class RunResult:
 
 def run_op(
     op: Op, parents: list[Checkpoint], out: Path | None, *, options: RunOptions | None = None, report: Report = silent,
-    notice: Callable[[Plan], None] = lambda plan: None,
+    notice: Callable[[Plan], None] = lambda plan: None, reuse: bool = False,
 ) -> RunResult:  # fmt: skip
     """Apply `op` to `parents` and publish the result at `out` (default: ./<source>-<operation>-<8 hex of the key>).
 
-    With the default name an earlier result of the same work is found and returned. Raises the errors of the plan before
+    With the default name, or with `reuse`, an earlier result of the same work is found and returned. Raises the errors of the plan before
     anything is written; afterwards the target is absent or whole. `notice` sees the plan before work starts.
     """
     options = options or RunOptions()
@@ -73,15 +73,16 @@ def run_op(
     plan = op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
     if out is not None:
-        check_target(out, overwrite=options.overwrite)
         check_place(out, parents)
+        if not reuse:
+            check_target(out, overwrite=options.overwrite)
     key = plan_key(op, plan, parents, options)
-    if out is None:
-        out = default_target(op, parents, key)
-        found = find_result(out, key)
-        if found is not None and not options.overwrite:
-            return RunResult(out, found, found=True)
-        check_target(out, overwrite=options.overwrite)
+    reuse = reuse or out is None
+    out = out or default_target(op, parents, key)
+    found = find_result(out, key) if reuse and not options.overwrite else None
+    if found is not None:
+        return RunResult(out, found, found=True)
+    check_target(out, overwrite=options.overwrite)
     notice(plan)
     shards, indexes = plan_shards(plan, key=key, shard_size=options.shard_size)
     with Workspace(out, key, resume=options.resume, overwrite=options.overwrite) as space:
@@ -134,7 +135,11 @@ def find_result(path: Path, key: str) -> dict[str, Any] | None:
         return None
     for row in record["output"]["files"]:
         if not (path / row["path"]).is_file() or (path / row["path"]).stat().st_size != row["size"]:
-            raise OutputError("damaged", f"{path}: {row['path']} is missing or has another size", hint="remove the folder or pass --overwrite")
+            raise OutputError(
+                "damaged",
+                f"{path}: {row['path']} is missing or has another size",
+                hint="remove the folder or pass --overwrite",
+            )
     return record
 
 
@@ -144,7 +149,11 @@ def check_plan(plan: Plan) -> None:
     parts = {p.part for p in plan.parts}
     for entry in plan.entries:
         if (entry.part, entry.name) in seen or entry.part not in parts:
-            raise CheckpointError("bad-plan", f"'{printable(entry.full_name)}' is planned twice or in no part", hint="a fault in the operation")
+            raise CheckpointError(
+                "bad-plan",
+                f"'{printable(entry.full_name)}' is planned twice or in no part",
+                hint="a fault in the operation",
+            )
         seen.add((entry.part, entry.name))
 
 
@@ -154,7 +163,9 @@ def check_place(out: Path, parents: list[Checkpoint]) -> None:
     for parent in parents:
         root = parent.path.resolve()
         if target == root or target.is_relative_to(root) or root.is_relative_to(target):
-            raise OutputError("inside-parent", f"{out}: lies inside or above {parent.name}, which is read", hint="name another -o")
+            raise OutputError(
+                "inside-parent", f"{out}: lies inside or above {parent.name}, which is read", hint="name another -o"
+            )
 
 
 def check_device(device: str) -> None:
@@ -171,11 +182,15 @@ def check_device(device: str) -> None:
         raise ResourceError("no-device", f"no {kind} device is available here", hint="use --device cpu")
 
 
-def _train(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions, space: Workspace, report: Report) -> TrainResult:
+def _train(
+    op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions, space: Workspace, report: Report
+) -> TrainResult:
     if not any(isinstance(e, Trained) for e in plan.entries):
         return TrainResult({}, {})
     if op.trainer is None:
-        raise CheckpointError("bad-plan", f"{op.name}: trained tensors without a trainer", hint="a fault in the operation")
+        raise CheckpointError(
+            "bad-plan", f"{op.name}: trained tensors without a trainer", hint="a fault in the operation"
+        )
     import torch
 
     before = torch.get_num_threads()
@@ -189,7 +204,11 @@ def _train(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions, s
         if isinstance(entry, Trained):
             tensor = result.tensors.get(entry.full_name)
             if tensor is None or tuple(tensor.shape) != entry.shape:
-                raise CheckpointError("bad-plan", f"the trainer gave no '{printable(entry.full_name)}' of that shape", hint="a fault in the operation")
+                raise CheckpointError(
+                    "bad-plan",
+                    f"the trainer gave no '{printable(entry.full_name)}' of that shape",
+                    hint="a fault in the operation",
+                )
     return result
 
 
@@ -322,7 +341,11 @@ def _entry_bytes(op: Op, entry: Entry, parents: list[Checkpoint], trained: Train
         inputs = [parents[entry.parent].read_ref(ref) for ref in entry.refs]
         tensor = op.run(entry, inputs, seeded(options.seed, op, entry.full_name) if entry.random else None)
         if tuple(tensor.shape) != entry.shape:
-            raise CheckpointError("bad-plan", f"'{printable(entry.full_name)}' came out as {list(tensor.shape)}", hint="a fault in the operation")
+            raise CheckpointError(
+                "bad-plan",
+                f"'{printable(entry.full_name)}' came out as {list(tensor.shape)}",
+                hint="a fault in the operation",
+            )
     return as_bytes(tensor.to(torch_dtype(entry.dtype)))
 
 

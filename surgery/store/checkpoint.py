@@ -74,14 +74,18 @@ class Checkpoint:
         """All tensors by full name: the plain name, or `part/name` in a pipeline."""
         if list(self.parts) == [""]:
             return self.parts[""].tensors
-        return {f"{p.name}/{name}" if p.name else name: ref for p in self.parts.values() for name, ref in p.tensors.items()}
+        return {
+            f"{p.name}/{name}" if p.name else name: ref for p in self.parts.values() for name, ref in p.tensors.items()
+        }
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The config of the only part. Raises `CheckpointError` when there is none."""
         part = self.part()
         if part.config is None:
-            raise CheckpointError("no-config", f"{self.name}: no config.json beside the weights", hint="name the model's folder")
+            raise CheckpointError(
+                "no-config", f"{self.name}: no config.json beside the weights", hint="name the model's folder"
+            )
         return part.config
 
     @cached_property
@@ -144,14 +148,18 @@ class Checkpoint:
             while position < end:
                 count = os.preadv(handle.fileno(), [buffer[: min(size, end - position)]], position)
                 if count == 0:
-                    raise CheckpointError("truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again")
+                    raise CheckpointError(
+                        "truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again"
+                    )
                 yield buffer[:count]
                 position += count
 
     def read(self, name: str, *, rows: slice | None = None) -> "torch.Tensor":
         """The tensor called `name`, or only `rows` of its first axis. Sub-byte dtypes come back as raw uint8 [nbytes]."""
         if name not in self.tensors:
-            raise UsageError("unknown-tensor", f"{self.name}: no tensor '{printable(name)}'", hint=closest(name, list(self.tensors)))
+            raise UsageError(
+                "unknown-tensor", f"{self.name}: no tensor '{printable(name)}'", hint=closest(name, list(self.tensors))
+            )
         return self.read_ref(self.tensors[name], rows=rows)
 
     def read_ref(self, ref: TensorRef, *, rows: slice | None = None) -> "torch.Tensor":
@@ -183,7 +191,9 @@ def content_digest(rows: "Iterator[tuple[str, str, tuple[int, ...], str]]") -> s
     return digests.canonical_digest(sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in rows))
 
 
-def open_checkpoint(path: Path, *, name: str | None = None, part: str | None = None, key: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, name: str | None = None, part: str | None = None, key: str | None = None
+) -> Checkpoint:
     """Open what lies at `path` from headers and configs alone.
 
     `part` selects one part of a pipeline; `key` names the nested dictionary inside a pickle. Raises `CheckpointError`.
@@ -194,7 +204,11 @@ def open_checkpoint(path: Path, *, name: str | None = None, part: str | None = N
     if part is not None:
         chosen = tuple(p for p in layout.parts if p.name == part)
         if not chosen:
-            raise UsageError("part", f"{shown}: no part '{printable(part)}'", hint=f"parts: {', '.join(p.name for p in layout.parts) or 'none'}")
+            raise UsageError(
+                "part",
+                f"{shown}: no part '{printable(part)}'",
+                hint=f"parts: {', '.join(p.name for p in layout.parts) or 'none'}",
+            )
     pickles: dict[str, Any] = {}
     parts = {p.name: _open_part(layout, p, shown, key, pickles) for p in chosen}
     kind = "pickle" if any(p.pickle for p in chosen) else layout.kind
@@ -206,7 +220,17 @@ def open_checkpoint(path: Path, *, name: str | None = None, part: str | None = N
     inside = f"{part}/"
     lone = replace(parts[part], name="", config_file="config.json" if parts[part].config_file else None)
     side = tuple(n.removeprefix(inside) for n in layout.side_files if n.startswith(inside))
-    return Checkpoint(shown, layout.root / part, layout.root / part, "pickle" if kind == "pickle" else "hf", {"": lone}, side, (), part, pickles)
+    return Checkpoint(
+        shown,
+        layout.root / part,
+        layout.root / part,
+        "pickle" if kind == "pickle" else "hf",
+        {"": lone},
+        side,
+        (),
+        part,
+        pickles,
+    )
 
 
 def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pickles: dict[str, Any]) -> Part:
@@ -224,7 +248,10 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
             header: Header = read_header(path)
             oddities += [f"{relative}: {oddity}" for oddity in header.oddities]
             base = header.data_start
-            refs = [TensorRef(n, s.dtype, s.shape, path, base + s.start, s.stop - s.start) for n, s in header.tensors.items()]
+            refs = [
+                TensorRef(n, s.dtype, s.shape, path, base + s.start, s.stop - s.start)
+                for n, s in header.tensors.items()
+            ]
         for ref in refs:
             if ref.name in tensors:
                 raise CheckpointError(
@@ -239,7 +266,9 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
     if part.config is not None:
         config = read_json(layout.root / part.config)
         if not isinstance(config, dict):
-            raise CheckpointError("malformed", f"{layout.root / part.config}: not a JSON object", hint="the config is damaged")
+            raise CheckpointError(
+                "malformed", f"{layout.root / part.config}: not a JSON object", hint="the config is damaged"
+            )
     files = tuple(str(layout.root / f) for f in part.files)
     return Part(part.name, part.base, tensors, config, part.config, files, tuple(oddities))
 
@@ -251,8 +280,12 @@ def _check_index(part: PartLayout, in_file: Mapping[str, str], shown: str) -> No
     for name, file in part.weight_map.items():
         if in_file.get(name) != prefix + file:
             place = in_file.get(name)
-            faults.append(f"'{printable(name)}' should be in {file} and is " + (f"in {place}" if place else "in no file"))
-    faults += [f"'{printable(n)}' lies in {f} and is not in the index" for n, f in in_file.items() if n not in part.weight_map]
+            faults.append(
+                f"'{printable(name)}' should be in {file} and is " + (f"in {place}" if place else "in no file")
+            )
+    faults += [
+        f"'{printable(n)}' lies in {f} and is not in the index" for n, f in in_file.items() if n not in part.weight_map
+    ]
     if faults:
         more = f" (and {len(faults) - 10} more)" if len(faults) > 10 else ""
         raise CheckpointError(
@@ -286,7 +319,9 @@ def read_tensor(ref: TensorRef, *, rows: slice | None = None) -> "torch.Tensor":
             raise UsageError("rows", f"'{printable(ref.name)}' is a scalar and has no rows", hint="read it whole")
         start, stop, step = rows.indices(shape[0])
         if step != 1:
-            raise UsageError("rows", f"rows of '{printable(ref.name)}' must be contiguous", hint="use a slice of step 1")
+            raise UsageError(
+                "rows", f"rows of '{printable(ref.name)}' must be contiguous", hint="use a slice of step 1"
+            )
         stop = max(start, stop)
         per_row = ref.nbytes // shape[0] if shape[0] else 0
         shape, offset, count = (stop - start, *shape[1:]), ref.offset + start * per_row, (stop - start) * per_row
@@ -298,7 +333,9 @@ def read_tensor(ref: TensorRef, *, rows: slice | None = None) -> "torch.Tensor":
             while done < count:
                 got = os.preadv(handle.fileno(), [view[done:]], offset + done)
                 if got == 0:
-                    raise CheckpointError("truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again")
+                    raise CheckpointError(
+                        "truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again"
+                    )
                 done += got
     dtype = torch_dtype(ref.dtype)
     return raw if dtype is None else raw.view(dtype).reshape(shape)

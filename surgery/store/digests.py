@@ -44,7 +44,9 @@ def lookup(file: str) -> dict[str, str] | None:
     """Tensor digests of `file` if it is still the file they were made from, else None."""
     try:
         with _table() as table:
-            row = table.execute("SELECT tensors FROM digests WHERE dev=? AND ino=? AND size=? AND mtime=?", _identity(file))
+            row = table.execute(
+                "SELECT tensors FROM digests WHERE dev=? AND ino=? AND size=? AND mtime=?", _identity(file)
+            )
             found = row.fetchone()
             return json.loads(found[0]) if found else None
     except (OSError, sqlite3.Error, ValueError):

@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple, NoReturn
 
 from surgery.errors import CheckpointError, printable
@@ -47,11 +46,13 @@ class Header:
 
 def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor; raises ValueError when the bits do not fill whole bytes or the product is absurd."""
-    bits = prod(shape) * DTYPE_BITS[dtype]
+    bits = DTYPE_BITS[dtype]
+    for n in shape:
+        bits *= n
+        if bits > _MAX_BYTES * 8:  # before a long list of huge sizes becomes a number that takes minutes to multiply
+            raise ValueError("the size overflows")
     if bits % 8:
         raise ValueError("the elements do not fill whole bytes")
-    if bits // 8 > _MAX_BYTES:
-        raise ValueError("the size overflows")
     return bits // 8
 
 
@@ -81,6 +82,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             if not more:
                 _bad(shown, "truncated", "the file ends inside its header")
             raw += more
+    except OSError as err:
+        raise CheckpointError("unreadable", f"{shown}: {err.strerror}", hint="check the path and its rights") from None
     finally:
         os.close(fd)
     return parse_header(raw, file_size=size, shown=shown)
@@ -97,6 +100,8 @@ def parse_header(raw: bytes, *, file_size: int, shown: str) -> Header:
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _bad(shown, "malformed", "__metadata__ must map strings to strings")
+    if not all(map(_is_unicode, (*metadata.keys(), *metadata.values()))):
+        _bad(shown, "malformed", "__metadata__ holds a lone surrogate, which is no text")
     rows = []
     for name, row in document.items():
         spec, extra = _row(name, row, shown)
@@ -121,6 +126,8 @@ def _row(name: str, row: Any, shown: str) -> tuple[TensorSpec, list[str]]:
     label = printable(name)
     if not name:
         _bad(shown, "malformed", "a tensor has an empty name")
+    if not _is_unicode(name):
+        _bad(shown, "malformed", f"the name '{label}' holds a lone surrogate, which is no text")
     if not isinstance(row, dict):
         _bad(shown, "malformed", f"'{label}' is not an object")
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in row]
@@ -143,28 +150,54 @@ def _row(name: str, row: Any, shown: str) -> tuple[TensorSpec, list[str]]:
     return TensorSpec(dtype, tuple(shape), start, stop), sorted(row.keys() - {"dtype", "shape", "data_offsets"})
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object in which `key` stands twice."""
+
+    key = ""
+
+
 def _strict_json(raw: bytes, shown: str) -> Any:
+    repeating: list[_Repeating] = []
+
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
-        if len(found) != len(items):
-            seen: set[str] = set()
-            for key, _ in items:
-                if key in seen:
-                    _bad(shown, "duplicate-tensor", f"'{printable(key)}' appears twice in the header")
-                seen.add(key)
-        return found
+        if len(found) == len(items):
+            return found
+        marked = _Repeating(found)
+        names = [key for key, _ in items]
+        marked.key = next(key for i, key in enumerate(names) if key in names[:i])
+        repeating.append(marked)
+        return marked
 
     def constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except UnicodeDecodeError:
         _bad(shown, "malformed", "the header is not UTF-8")
     except RecursionError:
         _bad(shown, "malformed", "the header is nested too deeply")
     except ValueError as err:
         _bad(shown, "malformed", f"the header is not JSON ({printable(str(err), limit=80)})")
+    if repeating:
+        _bad(shown, "duplicate-tensor", _what_repeats(document, repeating[0].key))
+    return document
+
+
+def _what_repeats(document: Any, key: str) -> str:
+    """The sentence for a repeated key: which tensor it is, or which tensor it belongs to."""
+    if isinstance(document, _Repeating):
+        return f"'{printable(document.key)}' appears twice in the header"
+    for name, row in document.items() if isinstance(document, dict) else ():
+        if isinstance(row, _Repeating):
+            return f"'{printable(name)}' gives '{printable(row.key)}' twice"
+    return f"'{printable(key)}' appears twice in one object of the header"
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates: JSON can spell them, UTF-8 and the reference library cannot."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _bad(shown: str, code: str, what: str) -> NoReturn:
@@ -175,7 +208,9 @@ def _bad(shown: str, code: str, what: str) -> NoReturn:
     raise CheckpointError(code, f"{shown}: {what}", hint=hints.get(code, "the file is not a valid safetensors file"))
 
 
-def plan_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def plan_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header bytes of a file that will hold `tensors` (name, dtype, shape) in that order.
 
     Returns the bytes (length prefix included, padded with spaces to a multiple of 8) and each tensor's

@@ -70,13 +70,17 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file of bounded size; raises `CheckpointError` naming the file."""
     try:
         if path.stat().st_size > MAX_JSON:
-            raise CheckpointError("malformed", f"{path}: larger than {MAX_JSON} bytes", hint="this is no JSON side file")
+            raise CheckpointError(
+                "malformed", f"{path}: larger than {MAX_JSON} bytes", hint="this is no JSON side file"
+            )
         return json.loads(path.read_bytes())
     except OSError as err:
         raise CheckpointError("unreadable", f"{path}: {err.strerror}", hint="check the path and its rights") from None
     except (ValueError, RecursionError) as err:
         raise CheckpointError(
-            "malformed", f"{path}: not JSON ({printable(str(err), limit=80)})", hint="the file is damaged; fetch it again"
+            "malformed",
+            f"{path}: not JSON ({printable(str(err), limit=80)})",
+            hint="the file is damaged; fetch it again",
         ) from None
 
 
@@ -116,26 +120,34 @@ def _file(path: Path) -> Layout:
 def _pipeline(root: Path) -> Layout:
     index = read_json(root / "model_index.json")
     if not isinstance(index, dict):
-        raise CheckpointError("malformed", f"{root / 'model_index.json'}: not a JSON object", hint="not a pipeline folder")
+        raise CheckpointError(
+            "malformed", f"{root / 'model_index.json'}: not a JSON object", hint="not a pipeline folder"
+        )
     parts = []
     for name in sorted(k for k, v in index.items() if not k.startswith("_") and isinstance(v, list)):
         if not safe_relative(name) or "/" in name or "\\" in name:
             raise CheckpointError(
-                "unsafe-path", f"{root / 'model_index.json'}: part '{printable(name)}' is no folder name", hint="edit the file"
+                "unsafe-path",
+                f"{root / 'model_index.json'}: part '{printable(name)}' is no folder name",
+                hint="edit the file",
             )
         if (root / name / "config.json").is_file():
             part = _part(root / name, name=name)
             if part is not None:
                 parts.append(part)
     if not parts:
-        raise CheckpointError("no-weights", f"{root}: a pipeline folder without weights in any part", hint="fetch it again")
+        raise CheckpointError(
+            "no-weights", f"{root}: a pipeline folder without weights in any part", hint="fetch it again"
+        )
     return Layout("pipeline", root, tuple(parts), *_other_files(root, tuple(parts)))
 
 
 def _part(folder: Path, *, name: str) -> PartLayout | None:
     prefix = f"{name}/" if name else ""
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    single = [n for n in names if n.endswith(".safetensors") and _base_of(n[: -len(".safetensors")]) and "-of-" not in n]
+    single = [
+        n for n in names if n.endswith(".safetensors") and _base_of(n[: -len(".safetensors")]) and "-of-" not in n
+    ]
     index = [n for n in names if n.endswith(".safetensors.index.json")]
     pickle = False
     if not single and not index:
@@ -176,7 +188,9 @@ def _weight_map(path: Path, extension: str) -> dict[str, str]:
     document = read_json(path)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("malformed", f"{path}: weight_map is not an object of names", hint="fetch the index again")
+        raise CheckpointError(
+            "malformed", f"{path}: weight_map is not an object of names", hint="fetch the index again"
+        )
     for tensor, file in weight_map.items():
         if not safe_relative(file):
             raise CheckpointError(

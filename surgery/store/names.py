@@ -78,7 +78,9 @@ def known_aliases() -> dict[str, str]:
     try:
         own = tomllib.loads(path.read_text("utf-8")).get("aliases", {})
     except (ValueError, OSError) as err:
-        raise UsageError("aliases", f"{path}: {printable(str(err), limit=100)}", hint="repair the file or move it away") from None
+        raise UsageError(
+            "aliases", f"{path}: {printable(str(err), limit=100)}", hint="repair the file or move it away"
+        ) from None
     if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
         raise UsageError("aliases", f"{path}: [aliases] must map names to strings", hint='write name = "org/name"')
     return {**ALIASES, **own}
@@ -88,22 +90,30 @@ def _follow(typed: str, alias: str, target: str, part: str | None, offline: bool
     if target.startswith("asset:"):
         path = ASSETS / target.removeprefix("asset:")
         if not path.is_dir():
-            raise CheckpointError("missing", f"{alias}: the shipped weights are not installed", hint="install the package again")
+            raise CheckpointError(
+                "missing", f"{alias}: the shipped weights are not installed", hint="install the package again"
+            )
         return Resolved(typed, path, part, alias=alias)
     match = _HUB_ID.match(target.removeprefix("hub:"))
     if match and (target.startswith("hub:") or not Path(target).expanduser().exists()):
         return _hub(typed, match["repo"], match["revision"], part or match["part"], offline, alias=alias)
     path = Path(target).expanduser()
     if not path.exists():
-        raise CheckpointError("missing", f"{alias}: the alias names {target}, which is not there", hint="edit aliases.toml")
+        raise CheckpointError(
+            "missing", f"{alias}: the alias names {target}, which is not there", hint="edit aliases.toml"
+        )
     return Resolved(typed, path, part, alias=alias)
 
 
-def _hub(typed: str, repo: str, revision: str | None, part: str | None, offline: bool, *, alias: str | None = None) -> Resolved:
+def _hub(
+    typed: str, repo: str, revision: str | None, part: str | None, offline: bool, *, alias: str | None = None
+) -> Resolved:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ResourceError("missing-package", "hub ids need huggingface_hub", hint="pip install huggingface_hub") from None
+        raise ResourceError(
+            "missing-package", "hub ids need huggingface_hub", hint="pip install huggingface_hub"
+        ) from None
     shown = f"{typed} ({repo})" if alias else repo
     fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

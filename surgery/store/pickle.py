@@ -29,7 +29,9 @@ def load_pickle(path: Path, *, key: str | None) -> dict[str, Any]:
         ) from None  # fmt: skip
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as err:
         first = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise CheckpointError("malformed", f"{path}: not a torch file ({printable(first, limit=100)})", hint="fetch it again") from None
+        raise CheckpointError(
+            "malformed", f"{path}: not a torch file ({printable(first, limit=100)})", hint="fetch it again"
+        ) from None
     return _tensors(found, path, key)
 
 
@@ -45,7 +47,9 @@ def _tensors(found: Any, path: Path, key: str | None) -> dict[str, Any]:
         raise CheckpointError("malformed", f"{path}: holds no dictionary of tensors", hint="save a state_dict")
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors and nested:
-        raise UsageError("key", f"{path}: the tensors are nested", hint=f"choose with --key: {', '.join(map(str, nested[:8]))}")
+        raise UsageError(
+            "key", f"{path}: the tensors are nested", hint=f"choose with --key: {', '.join(map(str, nested[:8]))}"
+        )
     if len(tensors) != len(found):
         others = [str(k) for k in found if k not in tensors]
         raise CheckpointError(

@@ -37,7 +37,9 @@ class PlannedFile:
     size: int
 
     @classmethod
-    def plan(cls, relative: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str]) -> Self:
+    def plan(
+        cls, relative: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str]
+    ) -> Self:
         """Lay out `tensors` (name, dtype, shape) in the given order."""
         header, places = plan_header(tensors, metadata=metadata)
         return cls(relative, header, places, len(header) + sum(count for _, count in places.values()))
@@ -77,7 +79,9 @@ class Workspace:
             elif self._resume:
                 self._refuse_other_runs()
             (self.folder / "out").mkdir(parents=True, exist_ok=True)
-            self._journal = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._journal = os.open(
+                self.folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
             if os.fstat(self._journal).st_size == 0:
                 self._append([{"surgery": 1, "key": self.key}])
         except OSError as err:
@@ -115,7 +119,9 @@ class Workspace:
         have = stat.f_bavail * stat.f_frsize
         if size > have:
             raise ResourceError(
-                "disk-full", f"{self._shown}: needs {size:,} bytes and {have:,} are free", hint="free some space or name another disk"
+                "disk-full",
+                f"{self._shown}: needs {size:,} bytes and {have:,} are free",
+                hint="free some space or name another disk",
             )
 
     def begin_file(self, planned: PlannedFile) -> bool:
@@ -126,7 +132,11 @@ class Workspace:
             known = path.exists()
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._files[planned.relative] = fd
-            if known and os.fstat(fd).st_size == planned.size and os.pread(fd, len(planned.header), 0) == planned.header:
+            if (
+                known
+                and os.fstat(fd).st_size == planned.size
+                and os.pread(fd, len(planned.header), 0) == planned.header
+            ):
                 return True
             os.ftruncate(fd, 0)
             if planned.size:
@@ -141,7 +151,11 @@ class Workspace:
         offset, count = planned.places[name]
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         if len(view) != count:
-            raise OutputError("wrong-size", f"'{name}' has {len(view)} bytes where the plan has {count}", hint="a fault in the operation")
+            raise OutputError(
+                "wrong-size",
+                f"'{name}' has {len(view)} bytes where the plan has {count}",
+                hint="a fault in the operation",
+            )
         try:
             _pwrite(self._files[planned.relative], view, offset)
         except OSError as err:
@@ -251,7 +265,9 @@ class Workspace:
 
     def _inside(self, relative: str) -> Path:
         if not safe_relative(relative):
-            raise OutputError("unsafe-path", f"{relative!r} would leave the output folder", hint="a fault in the operation")
+            raise OutputError(
+                "unsafe-path", f"{relative!r} would leave the output folder", hint="a fault in the operation"
+            )
         return self.folder / "out" / relative
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
@@ -267,7 +283,11 @@ class Workspace:
             except BlockingIOError:
                 holder = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip()
                 os.close(fd)
-                raise Busy("output", f"{self._shown}: another run writes it ({holder or 'unknown'})", hint="wait for it, or name another -o") from None
+                raise Busy(
+                    "output",
+                    f"{self._shown}: another run writes it ({holder or 'unknown'})",
+                    hint="wait for it, or name another -o",
+                ) from None
             # The holder removes the file when it ends: what we locked may no longer be what the path names.
             if os.path.exists(path) and os.stat(path).st_ino == os.fstat(fd).st_ino:
                 break
@@ -291,7 +311,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         return
     empty = target.is_dir() and not any(target.iterdir())
     if not overwrite and not empty:
-        raise OutputError("exists", f"{target}: is already there", hint="name another -o, or pass --overwrite to replace it")
+        raise OutputError(
+            "exists", f"{target}: is already there", hint="name another -o, or pass --overwrite to replace it"
+        )
     if overwrite and not empty and not (target / "surgery.json").is_file():
         raise OutputError("exists", f"{target}: --overwrite replaces only what surgery made", hint="name another -o")
 
@@ -318,8 +340,12 @@ def raise_os(err: OSError, shown: str, *, need: int | None = None) -> NoReturn:
     """Turn an OSError met while writing `shown` into the error of ours that it means."""
     if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         room = f", needs {need:,} bytes" if need else ""
-        raise ResourceError("disk-full", f"{shown}: no space left{room}", hint="free some space or name another disk") from err
-    raise OutputError("not-writable", f"{shown}: {err.strerror or err}", hint="check the folder and its rights") from err
+        raise ResourceError(
+            "disk-full", f"{shown}: no space left{room}", hint="free some space or name another disk"
+        ) from err
+    raise OutputError(
+        "not-writable", f"{shown}: {err.strerror or err}", hint="check the folder and its rights"
+    ) from err
 
 
 def atomic_write(path: Path, data: bytes) -> None:

@@ -3,22 +3,22 @@
 A few seconds on one core for the 8x8 digits. Deterministic: equal images, settings and thread count give equal bits.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from surgery.arch.classifier import ClassifierConfig, FeatureClassifier, build_classifier
-from surgery.data.images import ImageSet
-from surgery.errors import NonFiniteLoss, OutputError, UsageError
-from surgery.store.writer import raise_os
+from surgery.data.images import ImageSet, load_images
+from surgery.errors import NonFiniteLoss, UsageError
+from surgery.graph.op import Plan, TrainContext, TrainResult
 from surgery.train.optim import BatchOrder, generator_for, learning_rate
+
+if TYPE_CHECKING:
+    from surgery.ops.train_classifier import TrainClassifier
 
 Report = Callable[[str, Mapping[str, float]], None]
 
@@ -76,7 +76,7 @@ def train_classifier(
         loss.backward()
         optimiser.step()
         if report is not None:
-            report("classifier", {"step": step + 1, "steps": s.steps, "loss": float(loss)})
+            report("classifier", {"step": step + 1, "steps": s.steps, "loss": float(loss.detach())})
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return TrainedClassifier(config, state, accuracy(model, *images.val))
 
@@ -91,28 +91,18 @@ def accuracy(model: FeatureClassifier, images: Tensor, labels: Tensor, *, batch:
     return right / len(images)
 
 
-def save_classifier(folder: str | Path, trained: TrainedClassifier) -> Path:
-    """Write `config.json` and `model.safetensors` into a new folder, which appears whole or not at all.
-
-    Raises OutputError when it exists already or cannot be written.
-    """
-    from safetensors.torch import save
-
-    final = Path(folder)
-    staging = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    if final.exists():
-        raise OutputError("exists", f"{folder} exists already", hint="name a new folder")
-    try:
-        staging.mkdir(parents=True)
-        # Not save_file: it creates the file readable by its owner only, whatever the umask.
-        (staging / "model.safetensors").write_bytes(save({k: v.contiguous() for k, v in trained.state.items()}))
-        (staging / "config.json").write_text(json.dumps(trained.config.to_mapping(), indent=2, sort_keys=True) + "\n")
-        staging.rename(final)
-    except OSError as error:
-        raise_os(error, str(folder))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return final
+def train(op: "TrainClassifier", ctx: TrainContext, plan: Plan) -> TrainResult:
+    """The training half of `train classifier`; records the held-out accuracy."""
+    images = load_images(op.data)
+    settings = ClassifierSettings(op.steps, op.batch, op.lr, features=op.features, seed=ctx.seed)
+    trained = train_classifier(images, settings, ctx.report)
+    record = {
+        "data": images.name,
+        "data_digest": images.digest,
+        "images": len(images.train.images),
+        "accuracy": trained.accuracy,
+    }
+    return TrainResult(trained.state, record)
 
 
 def _check(images: ImageSet, s: ClassifierSettings) -> None:

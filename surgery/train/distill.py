@@ -12,11 +12,10 @@ error, mean((g-f)²) / var(f), which compares across blocks whatever the trainin
 import hashlib
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from torch.nn import functional
 
 from surgery.arch.diffusion import NoiseSchedule, null_label
 from surgery.data.images import ImageSet, check_fits
-from surgery.errors import CheckpointError, NonFiniteLoss, OutputError, UsageError
+from surgery.errors import CheckpointError, NonFiniteLoss, UsageError
 from surgery.train.capture import (
     DTYPES,
     Cache,
@@ -40,6 +39,7 @@ from surgery.train.capture import (
     record_samples,
     sources,
 )
+from surgery.train.operator_store import DistillResult, OperatorStore
 from surgery.train.optim import BatchOrder, learning_rate, weights_digest
 from surgery.train.workers import run_jobs
 
@@ -47,7 +47,7 @@ LOSS_OF_KIND = {"attn": "l1", "mlp": "l2", "pair": "l1"}
 """What "auto" means for each kind of operator: the paper's table 1; block pairs as in its section 6."""
 
 _FORMAT = 1
-_EVALUATIONS = 20
+_EVALUATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -122,20 +122,6 @@ class DistillSettings:
     def total_steps(self) -> int:
         """Optimiser steps per operator."""
         return self.steps if self.steps is not None else self.epochs * math.ceil(self.samples / self.batch)
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """The best weights of one operator on the CPU, their held-out relative error, and how it got there.
-
-    `history`: one record per evaluation: step, loss (training, mean since the record before), rel_err. The first has
-    step 0: the untrained operator. `steps` is the step of the best one.
-    """
-
-    state_dict: dict[str, Tensor]
-    rel_err: float
-    steps: int
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def regression_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -234,6 +220,7 @@ class _Student:
         return record
 
     def result(self) -> DistillResult:
+        """The best weights so far."""
         return DistillResult(self.best, self.best_err, self.best_step, self.history)
 
 
@@ -251,8 +238,8 @@ def distill(
 
     With `folder`, each finished operator is kept there under a digest of all that decides it (teacher, images, noise,
     settings, initial weights) and read back by a run that asks for the same: a stopped run goes on where it was, and
-    several runs may share the folder. Recordings lie there too while they are needed. Neither `teacher` nor the
-    targets' modules are changed; `teacher` is put in eval mode.
+    runs of different blocks may share the folder. Recordings lie there too while they are needed. Neither `teacher`
+    nor the targets' modules are changed; `teacher` is put in eval mode.
 
     Raises UsageError (settings, paths, labels), NonFiniteLoss (the best weights so far stay in `folder`),
     ResourceError (no room for the recording, a worker died), OutputError (cannot write).
@@ -266,9 +253,11 @@ def distill(
     teacher.eval()
     with tempfile.TemporaryDirectory(prefix="surgery-distill-") as scratch:
         root = folder if folder is not None else Path(scratch)
-        store = _Finished(root / "operators", _data_key(teacher, images, schedule, settings), settings)
-        results = {target.path: found for target in targets if (found := store.load(target)) is not None}
-        todo = [target for target in targets if target.path not in results]
+        store = OperatorStore(root / "operators")
+        data_key = _data_key(teacher, images, schedule, settings)
+        jobs = [_Job(target, _key(target, settings, data_key), settings) for target in targets]
+        results = {job.path: found for job in jobs if (found := store.load(job.path, job.key)) is not None}
+        todo = [job for job in jobs if job.path not in results]
         if todo:
             train, val = sources(
                 images,
@@ -277,22 +266,62 @@ def distill(
                 null=null_label(teacher.config),  # type: ignore[arg-type]
                 label_dropout=settings.label_dropout,
             )
-            run = _cached if _use_cache(teacher, todo, train, settings, root) else _online
-            run(teacher, todo, train, val, settings, store, root, report)
-            for target in todo:
-                found = store.load(target)
+            if _use_cache(teacher, todo, train, settings, root):
+                _cached(teacher, todo, train, val, settings, store, root / "recorded", data_key, report)
+            else:
+                _online(teacher, todo, train, val, settings, store, report)
+            for job in todo:
+                found = store.load(job.path, job.key)
                 assert found is not None
-                results[target.path] = found
+                results[job.path] = found
     return {path: results[path] for path in paths}
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A target with the digest of all that decides its result."""
+
+    target: Target
+    key: str
+    settings: DistillSettings
+
+    @property
+    def path(self) -> str:
+        return self.target.path
+
+    @property
+    def tap(self) -> Tap:
+        """The target's tap, without the gate where nobody will read it."""
+        tap = self.target.tap
+        return tap if self.settings.gate_weighted else Tap(tap.path, tap.output_path, None, tap.keywords)
+
+
+def _data_key(teacher: nn.Module, images: ImageSet, schedule: NoiseSchedule, settings: DistillSettings) -> str:
+    """Digest of what decides the recorded samples, except the operator they are recorded at."""
+    names = ("samples", "val_samples", "batch", "label_dropout", "seed")
+    described = {name: getattr(settings, name) for name in names}
+    digest = hashlib.sha256(json.dumps([_FORMAT, described, images.digest, schedule.prediction]).encode())
+    digest.update(schedule.betas_T.numpy().tobytes())
+    digest.update(weights_digest(teacher).encode())
+    return digest.hexdigest()
+
+
+def _key(target: Target, settings: DistillSettings, data_key: str) -> str:
+    # How samples are fed changes results in the last digits at most, unless the cache rounds them.
+    ignored = ("capture", "cache_limit", "workers", "cache_dtype")
+    described = {k: v for k, v in asdict(settings).items() if k not in ignored}
+    rounded = settings.cache_dtype if settings.capture != "online" else "float32"
+    parts = [data_key, described, rounded, asdict(target.tap), target.loss, repr(target.module)]
+    return hashlib.sha256(json.dumps([*parts, weights_digest(target.module)]).encode()).hexdigest()
+
+
 def _use_cache(
-    teacher: nn.Module, todo: Sequence[Target], train: SampleSource, settings: DistillSettings, root: Path
+    teacher: nn.Module, todo: Sequence[_Job], train: SampleSource, settings: DistillSettings, root: Path
 ) -> bool:
     if settings.capture == "online":
         return False
     samples = settings.samples + settings.val_samples
-    taps = [_tap(target, settings) for target in todo]
+    taps = [job.tap for job in todo]
     needed = estimate_bytes(teacher, taps, train, samples=samples, dtype=settings.cache_dtype)
     if settings.capture == "auto" and needed > settings.cache_limit:
         return False
@@ -300,25 +329,19 @@ def _use_cache(
     return True
 
 
-def _tap(target: Target, settings: DistillSettings) -> Tap:
-    """The target's tap, without the gate where nobody will read it."""
-    tap = target.tap
-    return tap if settings.gate_weighted else Tap(tap.path, tap.output_path, None, tap.keywords)
-
-
 def _online(
     teacher: nn.Module,
-    todo: Sequence[Target],
+    todo: Sequence[_Job],
     train: SampleSource,
     val: SampleSource,
     settings: DistillSettings,
-    store: "_Finished",
-    root: Path,
+    store: OperatorStore,
     report: Report | None,
 ) -> None:
+    """One teacher pass per step feeds all operators."""
     device = next(teacher.parameters()).device
-    students = [_Student(target, settings, device) for target in todo]
-    taps = [_tap(target, settings) for target in todo]
+    students = [_Student(job.target, settings, device) for job in todo]
+    taps = [job.tap for job in todo]
     order = BatchOrder(settings.samples, settings.batch, seed=settings.seed)
     marks = _evaluation_steps(settings)
 
@@ -343,26 +366,31 @@ def _online(
             elif report is not None and (step + 1) % max(1, settings.total_steps // 100) == 0:
                 report("stage1", {"step": step + 1, "steps": settings.total_steps})
     except NonFiniteLoss:
-        for target, student in zip(todo, students, strict=True):
-            store.save(target, student.result(), unfinished=True)
+        for job, student in zip(todo, students, strict=True):
+            store.save(job.path, job.key, student.result(), unfinished=True)
         raise
-    for target, student in zip(todo, students, strict=True):
-        store.save(target, student.result())
+    for job, student in zip(todo, students, strict=True):
+        store.save(job.path, job.key, student.result())
 
 
 def _cached(
     teacher: nn.Module,
-    todo: Sequence[Target],
+    todo: Sequence[_Job],
     train: SampleSource,
     val: SampleSource,
     settings: DistillSettings,
-    store: "_Finished",
-    root: Path,
+    store: OperatorStore,
+    folder: Path,
+    data_key: str,
     report: Report | None,
 ) -> None:
-    taps = [_tap(target, settings) for target in todo]
-    caches = {tap.path: Cache(root / "recorded" / store.name(tap.path), store.recording_key(tap)) for tap in taps}
-    missing = [tap for tap in taps if not caches[tap.path].complete]
+    """Record every operator to disk in one pass over the samples, then train each by itself."""
+    caches = {}
+    for job in todo:
+        described = json.dumps([data_key, asdict(job.tap), settings.cache_dtype])
+        key = hashlib.sha256(described.encode()).hexdigest()
+        caches[job.path] = Cache(folder / f"{job.path}-{key[:16]}", key)
+    missing = [job.tap for job in todo if not caches[job.path].complete]
     if missing:
         fill(
             {tap.path: caches[tap.path] for tap in missing},
@@ -375,12 +403,10 @@ def _cached(
         )
     device = next(teacher.parameters()).device
 
-    def job(index: int) -> Callable[[Report], None]:
-        target = todo[index]
-
+    def task(job: _Job) -> Callable[[Report], None]:
         def train_one(tell: Report) -> None:
-            _train_cached(target, caches[target.path], settings, store, device, tell)
-            caches[target.path].delete()
+            _train_cached(job, caches[job.path], settings, store, device, tell)
+            caches[job.path].delete()
 
         return train_one
 
@@ -388,113 +414,41 @@ def _cached(
         if report is not None:
             report(event, {"operator": index, "operators": len(todo), **numbers})
 
-    run_jobs([job(i) for i in range(len(todo))], workers=settings.workers, may_fork=device.type == "cpu", report=tell)
+    run_jobs([task(job) for job in todo], workers=settings.workers, may_fork=device.type == "cpu", report=tell)
 
 
 def _train_cached(
-    target: Target, cache: Cache, settings: DistillSettings, store: "_Finished", device: torch.device, report: Report
+    job: _Job, cache: Cache, settings: DistillSettings, store: OperatorStore, device: torch.device, report: Report
 ) -> None:
-    student = _Student(target, settings, device)
+    student = _Student(job.target, settings, device)
     order = BatchOrder(settings.samples, settings.batch, seed=settings.seed)
     marks = _evaluation_steps(settings)
 
     def evaluate(step: int) -> None:
-        for batch in _moved(cached_batches(cache, "val", settings.val_samples, settings.batch), device):
-            student.see(batch)
+        for batch in cached_batches(cache, "val", settings.val_samples, settings.batch):
+            student.see(_moved(batch, device))
         report("stage1", {"steps": settings.total_steps, **student.evaluate(step)})
 
     evaluate(0)
     try:
         for step in range(settings.total_steps):
-            (batch,) = _moved([cache.rows("train", order.indices(step))], device)
-            student.step(step, batch)
+            student.step(step, _moved(cache.rows("train", order.indices(step)), device))
             if step + 1 in marks:
                 evaluate(step + 1)
             elif (step + 1) % max(1, settings.total_steps // 100) == 0:
                 report("stage1", {"step": step + 1, "steps": settings.total_steps})
     except NonFiniteLoss:
-        store.save(target, student.result(), unfinished=True)
+        store.save(job.path, job.key, student.result(), unfinished=True)
         raise
-    store.save(target, student.result())
+    store.save(job.path, job.key, student.result())
 
 
-def _moved(batches: Iterable[Recorded], device: torch.device) -> Iterable[Recorded]:
-    return ({name: value.to(device) for name, value in batch.items()} for batch in batches)
+def _moved(batch: Recorded, device: torch.device) -> Recorded:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _evaluation_steps(settings: DistillSettings) -> set[int]:
-    """Twenty evenly spread steps, the last one among them."""
+    """Evenly spread steps, the last one among them; a held-out pass costs online capture teacher passes."""
     total = settings.total_steps
     count = min(_EVALUATIONS, total)
     return {round(total * (i + 1) / count) for i in range(count)}
-
-
-def _data_key(teacher: nn.Module, images: ImageSet, schedule: NoiseSchedule, settings: DistillSettings) -> str:
-    """Digest of what decides the recorded samples, except the operator they are recorded at."""
-    names = ("samples", "val_samples", "batch", "label_dropout", "seed")
-    described = {name: getattr(settings, name) for name in names}
-    digest = hashlib.sha256(json.dumps([_FORMAT, described, images.digest, schedule.prediction]).encode())
-    digest.update(schedule.betas_T.numpy().tobytes())
-    digest.update(weights_digest(teacher).encode())
-    return digest.hexdigest()
-
-
-class _Finished:
-    """Finished operators on disk, one safetensors file each, named by module path and digest."""
-
-    def __init__(self, folder: Path, data_key: str, settings: DistillSettings) -> None:
-        self.folder, self.data_key, self.settings = folder, data_key, settings
-
-    def recording_key(self, tap: Tap) -> str:
-        return hashlib.sha256(json.dumps([self.data_key, asdict(tap), self.settings.cache_dtype]).encode()).hexdigest()
-
-    def name(self, path: str) -> str:
-        return f"{path}-{self.data_key[:12]}"
-
-    def _key(self, target: Target) -> str:
-        # How samples are fed changes results in the last digits at most, unless the cache rounds them.
-        ignored = ("capture", "cache_limit", "workers", "cache_dtype")
-        described = {k: v for k, v in asdict(self.settings).items() if k not in ignored}
-        rounded = self.settings.cache_dtype if self.settings.capture != "online" else "float32"
-        parts = [self.data_key, described, rounded, asdict(target.tap), target.loss, repr(target.module)]
-        return hashlib.sha256(json.dumps([*parts, weights_digest(target.module)]).encode()).hexdigest()
-
-    def _path(self, target: Target, key: str, *, unfinished: bool = False) -> Path:
-        return self.folder / f"{target.path}-{key[:16]}{'.unfinished' if unfinished else ''}.safetensors"
-
-    def save(self, target: Target, result: DistillResult, *, unfinished: bool = False) -> None:
-        """Write a result whole or not at all; `unfinished` ones are never read back as finished."""
-        from safetensors.torch import save_file
-
-        key = self._key(target)
-        path = self._path(target, key, unfinished=unfinished)
-        note = {"key": key, "rel_err": result.rel_err, "steps": result.steps, "history": result.history}
-        partial = path.with_suffix(".partial")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: value.contiguous() for name, value in result.state_dict.items()}
-            save_file(tensors, partial, metadata={"surgery": json.dumps(note)})
-            with open(partial, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            raise OutputError("not-writable", f"cannot keep the distilled operator {path}: {error}") from error
-
-    def load(self, target: Target) -> DistillResult | None:
-        """The finished result for exactly this target, or None."""
-        from safetensors import SafetensorError, safe_open
-
-        key = self._key(target)
-        path = self._path(target, key)
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt") as handle:
-                note = json.loads((handle.metadata() or {})["surgery"])
-                if note["key"] != key:
-                    return None
-                # Cloned: what is read is mapped, and the scratch folder it lies in goes away.
-                state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-                return DistillResult(state, float(note["rel_err"]), int(note["steps"]), list(note["history"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError("bad-operator", f"{path} is not a distilled operator: {error}") from error

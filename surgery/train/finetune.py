@@ -118,7 +118,8 @@ def fresh_dit(config: Mapping[str, Any], *, seed: int) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return DiTTransformer2DModel(**config)
+        model: nn.Module = DiTTransformer2DModel(**config)
+    return model
 
 
 def finetune(
@@ -151,6 +152,8 @@ def finetune(
     device = next(model.parameters()).device
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
+    if any(p.dtype != torch.float32 for p in parameters):
+        raise UsageError("bad-dtype", "finetuning needs float32 weights: smaller steps are lost in shorter types")
     optimiser = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
     ema = Ema(parameters, settings.ema)
     history: list[dict[str, float]] = []
@@ -335,7 +338,8 @@ class _State:
                         f"{self.path} was made by a run with other weights, images or settings",
                         hint="name another folder, or remove that file to start again",
                     )
-                slots = {key.split("/", 1)[0] for key in handle.keys()} - {"raw", "ema"}  # noqa: SIM118
+                held = set(handle.keys())
+                slots = {key.split("/", 1)[0] for key in held} - {"raw", "ema"}
                 with torch.no_grad():
                     for (name, p), average in zip(named, ema.values, strict=True):
                         p.copy_(handle.get_tensor(f"raw/{name}"))
@@ -343,6 +347,7 @@ class _State:
                         optimiser.state[p] = {
                             slot: handle.get_tensor(f"{slot}/{name}").to("cpu" if slot == "step" else p.device)
                             for slot in sorted(slots)
+                            if f"{slot}/{name}" in held
                         }
                 history.extend(place["history"])
                 self.since = [float(v) for v in place["since"]]

@@ -43,7 +43,12 @@ def run_jobs(
         torch.set_num_threads(1)
     try:
         for index, job in enumerate(jobs):
-            job(lambda event, numbers, i=index: None if report is None else report(i, event, numbers))  # type: ignore[misc]
+
+            def tell(event: str, numbers: Mapping[str, float], index: int = index) -> None:
+                if report is not None:
+                    report(index, event, numbers)
+
+            job(tell)
     finally:
         torch.set_num_threads(threads)
 
@@ -66,10 +71,11 @@ def _run_forked(
                     process.start()
                 sender.close()
                 running[receiver] = (index, process)
-            for receiver in connection.wait(list(running)):
-                index, process = running[receiver]
+            ended_or_telling: list[Any] = list(connection.wait(list(running)))
+            for ready in ended_or_telling:
+                index, process = running[ready]
                 try:
-                    kind, *payload = receiver.recv()  # type: ignore[union-attr]
+                    kind, *payload = ready.recv()
                 except (EOFError, OSError) as error:
                     process.join()
                     raise ResourceError(
@@ -84,8 +90,8 @@ def _run_forked(
                     raise payload[0]
                 else:
                     process.join()
-                    receiver.close()  # type: ignore[union-attr]
-                    del running[receiver]
+                    ready.close()
+                    del running[ready]
     finally:
         for _, process in running.values():
             process.kill()

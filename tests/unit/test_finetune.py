@@ -207,6 +207,11 @@ def test_images_that_do_not_fit_are_refused() -> None:
         finetune(fresh_dit(CONFIG, seed=0), _images(size=8), SCHEDULE, _settings())
 
 
+def test_weights_that_are_not_float32_are_refused() -> None:
+    with pytest.raises(UsageError, match="float32"):
+        finetune(fresh_dit(CONFIG, seed=0).bfloat16(), _images(), SCHEDULE, _settings())
+
+
 def test_the_state_file_holds_no_pickle(tmp_path: Path) -> None:
     from safetensors import safe_open
 
