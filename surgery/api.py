@@ -28,7 +28,13 @@ def load(name: str | Path | Checkpoint) -> Any:
     return load_model(name if isinstance(name, Checkpoint) else open(name))
 
 
-def apply(op: str, *parents: str | Path | Checkpoint, out: str | Path | None = None, options: RunOptions | None = None, **params: Any) -> RunResult:
+def apply(
+    op: str,
+    *parents: str | Path | Checkpoint,
+    out: str | Path | None = None,
+    options: RunOptions | None = None,
+    **params: Any,
+) -> RunResult:
     """Apply the operation called `op`, as the command of that name does.
 
         surgery.apply("graft", "dit-digits", replace=["attn=hyena"], data="digits", out="out/hyena")

@@ -115,6 +115,7 @@ def printable(text: str, *, limit: int = 200) -> str:
     import unicodedata
 
     safe = "".join(
-        c if c == " " or unicodedata.category(c)[0] not in "CZ" else c.encode("unicode_escape").decode() for c in text
+        c if c == " " or unicodedata.category(c)[0] not in "CZ" else c.encode("unicode_escape").decode()
+        for c in text[:limit]
     )
-    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+    return safe if len(safe) <= limit and len(text) <= limit else safe[: limit - 1] + "…"

@@ -42,7 +42,9 @@ def check_tensors(base: Checkpoint, part: Part, config: Mapping[str, Any]) -> No
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(
-            "wrong-tensors", f"{base.name}: {'; '.join(faults[:3])}{more}", hint="weights and config.json do not belong together"
+            "wrong-tensors",
+            f"{base.name}: {'; '.join(faults[:3])}{more}",
+            hint="weights and config.json do not belong together",
         )
 
 

@@ -25,13 +25,17 @@ def parse_replacements(replace: Sequence[str], layers: str, config: Mapping[str,
     for item in replace:
         slot, equals, rest = item.partition("=")
         if not equals or not rest:
-            raise UsageError("bad-replace", f"--replace {item}: not SLOT=OPERATOR", hint="for example attn=hyena, mlp=r3")
+            raise UsageError(
+                "bad-replace", f"--replace {item}: not SLOT=OPERATOR", hint="for example attn=hyena, mlp=r3"
+            )
         text, _, own_layers = rest.partition("@")
         spec, args = resolve_graft(config, slot, text)
         for block in parse_layers(own_layers or layers, dims.n_layers):
             if (block, slot) in entries:
                 raise UsageError(
-                    "slot-twice", f"--replace gives {slot} of block {block} twice", hint="each slot of a block may stand once"
+                    "slot-twice",
+                    f"--replace gives {slot} of block {block} twice",
+                    hint="each slot of a block may stand once",
                 )
             entries[block, slot] = Graft(block, slot, spec.name, args)
     return [entries[k] for k in sorted(entries)]

@@ -80,7 +80,7 @@ class SlidingWindowAttention(nn.Module):
     """`swa`: softmax attention in which key j is visible to query i iff |i-j| ≤ w, tokens in raster order.
 
     A dense mask would cost as much as full attention, so queries go in chunks and each chunk meets only the keys within
-    its reach: N/Q·Q·(Q+2w) scores instead of N². With w ≥ N-1 it is plain attention.
+    its reach: N·(Q+2w) scores instead of N². With w ≥ N-1 it is plain attention.
     """
 
     def __init__(self, dim: int, heads: int, n_tokens: int, w: int = 4) -> None:
@@ -111,24 +111,23 @@ class SlidingWindowAttention(nn.Module):
         return self.out_proj(mixed_BHNd.transpose(1, 2).flatten(2))
 
     def _within_window(self, q_BHNd: torch.Tensor, k_BHNd: torch.Tensor, v_BHNd: torch.Tensor) -> torch.Tensor:
-        batch, _, n, _ = q_BHNd.shape
-        w, chunk = self.w, min(max(self.chunk, self.w), n)
+        n, w = q_BHNd.shape[2], self.w
+        chunk = min(max(self.chunk, w), n)
         chunks = -(-n // chunk)
         tail = chunks * chunk - n
-        # Batch and heads share one axis: with four axes SDPA keeps its fused kernels, with five it would not.
-        q = F.pad(q_BHNd, (0, 0, 0, tail)).flatten(0, 1).unflatten(1, (chunks, chunk))
-        k, v = (
-            F.pad(x, (0, 0, w, w + tail)).flatten(0, 1).unfold(1, chunk + 2 * w, chunk).transpose(-1, -2)
-            for x in (k_BHNd, v_BHNd)
+        q_BHGQd = F.pad(q_BHNd, (0, 0, 0, tail)).unflatten(2, (chunks, chunk))
+        k_BHGKd, v_BHGKd = (
+            F.pad(x_BHNd, (0, 0, w, w + tail)).unfold(2, chunk + 2 * w, chunk).transpose(-1, -2)
+            for x_BHNd in (k_BHNd, v_BHNd)
         )
-        first_G11 = torch.arange(chunks, device=q.device).view(-1, 1, 1) * chunk
-        query_GQ1 = first_G11 + torch.arange(chunk, device=q.device).view(1, -1, 1)
-        key_G1K = first_G11 + torch.arange(-w, chunk + w, device=q.device).view(1, 1, -1)
+        first_G11 = torch.arange(chunks, device=q_BHNd.device).view(-1, 1, 1) * chunk
+        query_GQ1 = first_G11 + torch.arange(chunk, device=q_BHNd.device).view(1, -1, 1)
+        key_G1K = first_G11 + torch.arange(-w, chunk + w, device=q_BHNd.device).view(1, 1, -1)
         # Queries past the end are padding and cut off below; they may see padding, as a row without a key would be NaN.
-        exists = ((key_G1K >= 0) & (key_G1K < n)) | (query_GQ1 >= n)
-        visible_GQK = exists & ((query_GQ1 - key_G1K).abs() <= w)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_GQK)
-        return mixed.flatten(1, 2)[:, :n].unflatten(0, (batch, -1))
+        exists_GQK = ((key_G1K >= 0) & (key_G1K < n)) | (query_GQ1 >= n)
+        visible_GQK = exists_GQK & ((query_GQ1 - key_G1K).abs() <= w)
+        mixed_BHGQd = F.scaled_dot_product_attention(q_BHGQd, k_BHGKd, v_BHGKd, attn_mask=visible_GQK)
+        return mixed_BHGQd.flatten(2, 3)[:, :, :n]
 
 
 class _Hyena(nn.Module):

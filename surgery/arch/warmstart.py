@@ -72,8 +72,7 @@ def feed_forward(
     dim, new = fresh[f"{out}.weight"].shape
     rows = old.get(f"{proj}.weight", (0, 0))
     width = old.get(f"{out}.weight", (0, 0))[-1]
-    # rows ≠ parts·width: the old operator is no mlp, or its activation is gated and the new one's is not, or the
-    # reverse.
+    # Other shapes: the old operator is no mlp, or only one of the two activations is gated.
     if rows != (parts * width, dim) or width == 0:
         return fresh_only(fresh, old)
     if units is not None:

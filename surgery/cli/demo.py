@@ -61,9 +61,18 @@ def _stages(name: str, folder: str, replace: str, layers: str) -> list[Row]:
 
 _ORIGINAL = [
     Row("original", "original"),
-    Row(f"original + {_FINETUNE} steps", "control", "train-diffusion", {"data": "digits", "steps": _FINETUNE, "ema": 0.99}),
+    Row(
+        f"original + {_FINETUNE} steps",
+        "control",
+        "train-diffusion",
+        {"data": "digits", "steps": _FINETUNE, "ema": 0.99},
+    ),
 ]
-_SHORT = [*_ORIGINAL, *_stages("hyena-x 50%", "hyena50", "attn=hyena-x", "50%"), _stages("self 100%", "self100", "attn=mha", "all")[2]]
+_SHORT = [
+    *_ORIGINAL,
+    *_stages("hyena-x 50%", "hyena50", "attn=hyena-x", "50%"),
+    _stages("self 100%", "self100", "attn=mha", "all")[2],
+]
 _FULL = [
     *_ORIGINAL,
     *_stages("self 100%", "self100", "attn=mha", "all"),
@@ -75,7 +84,9 @@ _FULL = [
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where everything goes.")] = Path("out/demo"),
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds in turn, e.g. 0,1,2; several give intervals.")] = "0",
-    full: Annotated[bool, typer.Option("--full", help="All grafts of the ordering study, not only the short tour.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="All grafts of the ordering study, not only the short tour.")
+    ] = False,
     n: Annotated[int, typer.Option("--n", min=40, help="Images sampled from each model.")] = 500,
     base: Annotated[str, typer.Option("--base", help="The model to graft.")] = "dit-digits",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -109,7 +120,9 @@ def demo(
         _print(report, out)
 
 
-def _row(row: Row, source: Checkpoint, base: str, folder: Path, seed: int, n: int, commands: list[str]) -> dict[str, Any]:
+def _row(
+    row: Row, source: Checkpoint, base: str, folder: Path, seed: int, n: int, commands: list[str]
+) -> dict[str, Any]:
     """Make the model, sample it, measure it."""
     from surgery.arch.checkpoints import load_model, scheduler_config
     from surgery.arch.diffusion import NoiseSchedule, heldout_loss
@@ -123,21 +136,79 @@ def _row(row: Row, source: Checkpoint, base: str, folder: Path, seed: int, n: in
             commands.append(row.command(base, target, seed))
             output.note(f"  $ {commands[-1]}")
             params = {k: tuple(v) if isinstance(v, list) else v for k, v in row.params.items()}
-            result = run_op(build_op(load_op(row.op), params), [source], target, options=RunOptions(seed=seed), report=report, reuse=True)
+            result = run_op(
+                build_op(load_op(row.op), params),
+                [source],
+                target,
+                options=RunOptions(seed=seed),
+                report=report,
+                reuse=True,
+            )
             path, name, training = result.path, str(target), result.record["steps"][-1].get("training", {})
         checkpoint = open_checkpoint(path, name=name)
         npz, png = folder / f"{row.folder}.npz", folder / f"{row.folder}.png"
-        commands.append(shlex.join(["surgery", "sample", name, "--n", str(n), "--sampler", "ddim", "--steps", "20", "--seed", str(seed), "-o", str(npz), "--grid", str(png)]))
-        sample_to_file(checkpoint, npz, n=n, classes=None, steps=20, guidance=1.0, sampler="ddim", seed=seed, batch=128, grid=png, report=report)
+        commands.append(
+            shlex.join(
+                [
+                    "surgery",
+                    "sample",
+                    name,
+                    "--n",
+                    str(n),
+                    "--sampler",
+                    "ddim",
+                    "--steps",
+                    "20",
+                    "--seed",
+                    str(seed),
+                    "-o",
+                    str(npz),
+                    "--grid",
+                    str(png),
+                ]
+            )
+        )
+        sample_to_file(
+            checkpoint,
+            npz,
+            n=n,
+            classes=None,
+            steps=20,
+            guidance=1.0,
+            sampler="ddim",
+            seed=seed,
+            batch=128,
+            grid=png,
+            report=report,
+        )
         commands.append(shlex.join(["surgery", "eval", "images", str(npz), "--ref", "digits"]))
         scores = evaluate_images(npz, "digits")
     images = load_images("digits")
-    loss, _ = heldout_loss(load_model(checkpoint).float(), NoiseSchedule.from_config(scheduler_config(checkpoint)), *images.val, seed=seed, n_draws=8)
-    return {"path": name, "png": str(png), "npz": str(npz), "val_loss": loss, "scores": scores, "training": training, "digest": checkpoint.digest}
+    loss, _ = heldout_loss(
+        load_model(checkpoint).float(),
+        NoiseSchedule.from_config(scheduler_config(checkpoint)),
+        *images.val,
+        seed=seed,
+        n_draws=8,
+    )
+    return {
+        "path": name,
+        "png": str(png),
+        "npz": str(npz),
+        "val_loss": loss,
+        "scores": scores,
+        "training": training,
+        "digest": checkpoint.digest,
+    }
 
 
 def _report(
-    measured: Mapping[str, list[dict[str, Any]]], rows: Sequence[Row], source: Checkpoint, out: Path, n: int, seeds: Sequence[int]
+    measured: Mapping[str, list[dict[str, Any]]],
+    rows: Sequence[Row],
+    source: Checkpoint,
+    out: Path,
+    n: int,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     from surgery.evals.ordering import check_order, estimate
 
@@ -164,7 +235,14 @@ def _report(
     }
     first = measured[rows[0].label][0]["scores"]
     settings = {k: first[k] for k in ("n", "n_ref", "reference", "extractor", "sampler", "steps", "guidance")}
-    return {"base": f"sha256:{source.digest}", "seeds": list(seeds), "settings": settings, "rows": table, "claims": claims, "folder": str(out)}
+    return {
+        "base": f"sha256:{source.digest}",
+        "seeds": list(seeds),
+        "settings": settings,
+        "rows": table,
+        "claims": claims,
+        "folder": str(out),
+    }
 
 
 def _claims(labels: Sequence[str]) -> list[tuple[str, str]]:
@@ -203,9 +281,22 @@ def _pictures(measured: Mapping[str, list[dict[str, Any]]], rows: Sequence[Row],
             finetuning[row.label] = [(p["step"], p["val"]) for p in curve if "val" in p]
     side_by_side(columns, out / "overview.png", labels=labels)
     if series:
-        curves(series, out / "distillation.png", x_label="step", y_label="relative error, held out", title="Stage 1: activation distillation")
+        curves(
+            series,
+            out / "distillation.png",
+            x_label="step",
+            y_label="relative error, held out",
+            title="Stage 1: activation distillation",
+        )
     if finetuning:
-        curves(finetuning, out / "finetuning.png", x_label="step", y_label="held-out diffusion loss", title="Stage 2: finetuning (EMA)", log_y=False)
+        curves(
+            finetuning,
+            out / "finetuning.png",
+            x_label="step",
+            y_label="held-out diffusion loss",
+            title="Stage 2: finetuning (EMA)",
+            log_y=False,
+        )
 
 
 def _print(report: Mapping[str, Any], out: Path) -> None:
@@ -213,19 +304,33 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
     rows = []
     for row in report["rows"]:
         low, high = row["frechet_interval"]
-        loss = f"{row['val_loss']:.4f}" + (f" [{row['val_loss_interval'][0]:.4f}, {row['val_loss_interval'][1]:.4f}]" if several else "")
-        rows.append([row["model"], loss, f"{row['frechet']:.1f} [{low:.1f}, {high:.1f}]", f"{row['kid']:.4f}", f"{row['precision']:.2f}", f"{row['recall']:.2f}"])
-    output.table(["model", "held-out loss", "Frechet distance [95 %]", "KID", "precision", "recall"], rows)
+        loss = f"{row['val_loss']:.4f}" + (
+            f" [{row['val_loss_interval'][0]:.4f}, {row['val_loss_interval'][1]:.4f}]" if several else ""
+        )
+        rows.append(
+            [
+                row["model"],
+                loss,
+                f"{row['frechet']:.1f} [{low:.1f}, {high:.1f}]",
+                f"{row['precision']:.2f}",
+                f"{row['recall']:.2f}",
+            ]
+        )
+    output.table(["model", "held-out loss", "Frechet distance [95 %]", "precision", "recall"], rows)
     s = report["settings"]
     output.data("")
-    output.data(f"{s['n']} samples each, {s['sampler']} {s['steps']} steps, guidance {s['guidance']:g}; reference: {s['n_ref']} {s['reference']}; extractor {s['extractor']}")
+    output.data(
+        f"{s['n']} samples each, {s['sampler']} {s['steps']} steps, guidance {s['guidance']:g}; reference: {s['n_ref']} {s['reference']}; extractor {s['extractor']}"
+    )
     kind = "95 % intervals over seeds (Student's t)" if several else "intervals: bootstrap over images, one seed"
     output.data(kind)
     for metric, claims in report["claims"].items():
         output.data(f"\norder by {metric}")
         for claim in claims:
             output.data(f"  {claim['text']}")
-    output.data(f"\npictures   {out}/overview.png  {out}/distillation.png  {out}/finetuning.png and a grid beside each model")
+    output.data(
+        f"\npictures   {out}/overview.png  {out}/distillation.png  {out}/finetuning.png and a grid beside each model"
+    )
     output.data(f"commands   {out}/commands.sh")
     output.data(f"numbers    {out}/table.json   ({report['seconds']:.0f} s)")
 

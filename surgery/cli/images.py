@@ -11,19 +11,32 @@ from surgery.errors import UsageError
 
 
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, alias, hub id, or - for a path on standard input.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.npz", help="Where the images go (arr_0 uint8, labels, settings).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, alias, hub id, or - for a path on standard input.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="FILE.npz", help="Where the images go (arr_0 uint8, labels, settings)."),
+    ],
     n: Annotated[int, typer.Option("--n", min=1, help="How many images.")] = 64,
-    classes: Annotated[str | None, typer.Option("--classes", help="Classes in turn, e.g. 0,3,7 [default: all].")] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Classes in turn, e.g. 0,3,7 [default: all].")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")] = 250,
     guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")] = 1.0,
     sampler: Annotated[str, typer.Option("--sampler", help="ddpm, ddim or dpm.")] = "ddpm",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise; the noise of image i depends on it and i alone.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the noise; the noise of image i depends on it and i alone.")
+    ] = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 64,
-    cfg_channels: Annotated[str, typer.Option("--cfg-channels", help="Channels that guidance acts on: all, or 3 as in DiT's code.")] = "all",
+    cfg_channels: Annotated[
+        str, typer.Option("--cfg-channels", help="Channels that guidance acts on: all, or 3 as in DiT's code.")
+    ] = "all",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")] = None,
-    grid: Annotated[Path | None, typer.Option("--grid", metavar="FILE.png", help="Also draw the images, a row a class.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option("--grid", metavar="FILE.png", help="Also draw the images, a row a class.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the path.")] = False,
@@ -54,13 +67,25 @@ def sample(
 
 
 def eval_images(
-    samples: Annotated[Path, typer.Argument(metavar="A.npz", help="Images made by surgery sample, or any npz with arr_0 uint8.")],
-    ref: Annotated[str, typer.Option("--ref", help="What to compare with: digits, fashion, folder:PATH, npz:PATH or B.npz.")] = "digits",
-    features: Annotated[str, typer.Option("--features", help="classifier[:PATH], inception:PATH (TorchScript), or npz.")] = "classifier",
+    samples: Annotated[
+        Path, typer.Argument(metavar="A.npz", help="Images made by surgery sample, or any npz with arr_0 uint8.")
+    ],
+    ref: Annotated[
+        str, typer.Option("--ref", help="What to compare with: digits, fashion, folder:PATH, npz:PATH or B.npz.")
+    ] = "digits",
+    features: Annotated[
+        str, typer.Option("--features", help="classifier[:PATH], inception:PATH (TorchScript), or npz.")
+    ] = "classifier",
     split: Annotated[str, typer.Option("--split", help="Which images of a set: train or val.")] = "train",
-    neighbours: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="Neighbours of precision and recall.")] = 3,
-    bootstrap: Annotated[int | None, typer.Option("--bootstrap", min=0, help="Resamples of the interval [default: 200].")] = None,
-    baseline: Annotated[Path | None, typer.Option("--baseline", metavar="B.npz", help="Also compare with another sample file.")] = None,
+    neighbours: Annotated[
+        int, typer.Option("-k", "--neighbours", min=1, help="Neighbours of precision and recall.")
+    ] = 3,
+    bootstrap: Annotated[
+        int | None, typer.Option("--bootstrap", min=0, help="Resamples of the interval [default: 200].")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="B.npz", help="Also compare with another sample file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
 ) -> None:
@@ -126,7 +151,9 @@ def sample_to_file(
     )  # fmt: skip
     save_samples(out, images, labels, settings)
     if grid is not None:
-        draw_grid(images, grid, labels=labels.numpy(), title=f"{base.name}   {sampler}, {steps} steps, guidance {guidance:g}")
+        draw_grid(
+            images, grid, labels=labels.numpy(), title=f"{base.name}   {sampler}, {steps} steps, guidance {guidance:g}"
+        )
     return settings
 
 
@@ -144,4 +171,6 @@ def _classes(text: str | None) -> list[int] | None:
     try:
         return [int(piece) for piece in text.split(",")]
     except ValueError:
-        raise UsageError("classes", f"--classes {text}: not a list of numbers", hint="for example --classes 0,3,7") from None
+        raise UsageError(
+            "classes", f"--classes {text}: not a list of numbers", hint="for example --classes 0,3,7"
+        ) from None

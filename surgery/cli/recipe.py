@@ -13,7 +13,9 @@ from surgery.ops.table import load_op
 
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Output folder [default: the recipe's].")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Output folder [default: the recipe's].")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads for training; recorded.")] = 1,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that surgery made.")] = False,
@@ -33,10 +35,17 @@ def run(
     options = RunOptions(device=device, threads=threads, overwrite=overwrite, resume=resume, offline=offline)
     with output.Progress() as report:
         results = run_recipe(
-            read_recipe(recipe), load_op, lambda name: open_source(name, offline=offline), out, options=options, report=report
+            read_recipe(recipe),
+            load_op,
+            lambda name: open_source(name, offline=offline),
+            out,
+            options=options,
+            report=report,
         )
     if as_json:
-        output.data_json({n: {"path": str(r.path), "digest": r.record["digest"], "found": r.found} for n, r in results.items()})
+        output.data_json(
+            {n: {"path": str(r.path), "digest": r.record["digest"], "found": r.found} for n, r in results.items()}
+        )
         return
     for result in results.values():
         if result.found:

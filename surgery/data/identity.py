@@ -10,7 +10,7 @@ KINDS = ("digits", "fashion", "folder", "npz", "latents")
 
 
 def split_spec(spec: str) -> tuple[str, Path | None]:
-    """"npz:x.npz" as ("npz", Path("x.npz")). Raises UsageError for an unknown kind, a missing or a useless path."""
+    """ "npz:x.npz" as ("npz", Path("x.npz")). Raises UsageError for an unknown kind, a missing or a useless path."""
     kind, _, path = spec.partition(":")
     if kind not in KINDS:
         raise UsageError("bad-data", f"no image data is called {spec!r}", hint=closest(kind, list(KINDS)))

@@ -52,24 +52,35 @@ def read_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise CheckpointError("unreadable", f"{path}: {getattr(err, 'strerror', None) or 'not UTF-8'}", hint="check the path") from None
+        raise CheckpointError(
+            "unreadable", f"{path}: {getattr(err, 'strerror', None) or 'not UTF-8'}", hint="check the path"
+        ) from None
     document, lines = _load(text, path)
     if not isinstance(document, dict):
         raise _fault(path, 1, "a recipe is a mapping with steps", hint="start with: surgery: 1")
     _known_keys(document, _TOP, (), lines, path)
     if document.get("surgery") != 1:
-        raise _fault(path, lines.get(("surgery",), 1), "the first key must be 'surgery: 1'", hint="this is the format's number")
+        raise _fault(
+            path, lines.get(("surgery",), 1), "the first key must be 'surgery: 1'", hint="this is the format's number"
+        )
     seed = document.get("seed", 0)
     inputs, steps, outputs = (_mapping(document, k, lines, path) for k in ("inputs", "steps", "outputs"))
     if not steps:
         raise _fault(path, 1, "no steps", hint="add at least one step")
     found = {name: _step(name, body, seed, lines, path) for name, body in steps.items()}
     for name in set(inputs) & set(found):
-        raise _fault(path, lines[("steps", name)], f"'{name}' is an input and a step", hint="give the step another name")
+        raise _fault(
+            path, lines[("steps", name)], f"'{name}' is an input and a step", hint="give the step another name"
+        )
     for step in found.values():
         for source in step.sources:
             if source not in inputs and source not in found:
-                raise _fault(path, step.line, f"step '{step.name}' reads '{source}', which is no input or step", hint=closest(source, [*inputs, *found]))
+                raise _fault(
+                    path,
+                    step.line,
+                    f"step '{step.name}' reads '{source}', which is no input or step",
+                    hint=closest(source, [*inputs, *found]),
+                )
     for name in outputs:
         if name not in found:
             raise _fault(path, lines[("outputs", name)], f"output '{name}' is no step", hint=closest(name, list(found)))
@@ -96,7 +107,12 @@ def run_recipe(
                 made[source] = open_input(recipe.inputs[source])
             parents.append(made[source])
         if len(parents) != op.parents:
-            raise _fault(recipe.path, step.line, f"step '{step.name}': {step.op} takes {op.parents} checkpoints, not {len(parents)}", hint="see its 'from'")
+            raise _fault(
+                recipe.path,
+                step.line,
+                f"step '{step.name}': {step.op} takes {op.parents} checkpoints, not {len(parents)}",
+                hint="see its 'from'",
+            )
         own = replace(options, seed=step.seed)
         if step.name in outputs:
             target = _target(outputs, step.name, out)
@@ -125,7 +141,9 @@ def _step(name: str, body: Any, seed: int, lines: Mapping[tuple[Any, ...], int],
     sources = [sources] if isinstance(sources, str) else sources
     params = body.get("with") or {}
     if not isinstance(sources, list) or not all(isinstance(s, str) for s in sources) or not isinstance(params, dict):
-        raise _fault(path, line, f"step '{name}': from is a name or a list of names, with is a mapping", hint="see recipes/")
+        raise _fault(
+            path, line, f"step '{name}': from is a name or a list of names, with is a mapping", hint="see recipes/"
+        )
     return Step(name, str(body["op"]), tuple(sources), params, int(body.get("seed", seed)), line)
 
 
@@ -133,9 +151,16 @@ def _in_order(steps: Mapping[str, Step], path: Path) -> tuple[Step, ...]:
     from graphlib import CycleError, TopologicalSorter
 
     try:
-        order = list(TopologicalSorter({n: [s for s in step.sources if s in steps] for n, step in steps.items()}).static_order())
+        order = list(
+            TopologicalSorter({n: [s for s in step.sources if s in steps] for n, step in steps.items()}).static_order()
+        )
     except CycleError as err:
-        raise _fault(path, steps[err.args[1][0]].line, f"steps in a circle: {' -> '.join(err.args[1])}", hint="a step cannot need itself") from None
+        raise _fault(
+            path,
+            steps[err.args[1][0]].line,
+            f"steps in a circle: {' -> '.join(err.args[1])}",
+            hint="a step cannot need itself",
+        ) from None
     return tuple(steps[n] for n in order)
 
 
@@ -146,7 +171,13 @@ def _mapping(document: Mapping[str, Any], key: str, lines: Mapping[tuple[Any, ..
     return value
 
 
-def _known_keys(body: Mapping[str, Any], known: tuple[str, ...], at: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int], path: Path) -> None:
+def _known_keys(
+    body: Mapping[str, Any],
+    known: tuple[str, ...],
+    at: tuple[Any, ...],
+    lines: Mapping[tuple[Any, ...], int],
+    path: Path,
+) -> None:
     for key in body:
         if key not in known:
             raise _fault(path, lines.get((*at, key), 1), f"unknown key '{key}'", hint=closest(str(key), list(known)))
@@ -180,4 +211,9 @@ def _load(text: str, path: Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
     except yaml.YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise _fault(path, line, f"not YAML: {getattr(err, 'problem', None) or 'unreadable'}", hint="check indentation and quotes") from None
+        raise _fault(
+            path,
+            line,
+            f"not YAML: {getattr(err, 'problem', None) or 'unreadable'}",
+            hint="check indentation and quotes",
+        ) from None

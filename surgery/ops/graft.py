@@ -48,10 +48,24 @@ class Graft:
       surgery graft -r attn=swa:w=8@50% -r mlp=r3@all dit-xl-2 --dry-run
     """
 
-    replace: Annotated[tuple[str, ...], Param("What by what, repeatable: attn=hyena, mlp=r3, attn=swa:w=8@1,3,8-12.", ("-r",), "SLOT=OP[:k=v,…][@LAYERS]")]
-    layers: Annotated[str, Param("Blocks to change: all, 25%, 50% (odd blocks), 75%, 1,3,8-12, deep:n.", ("-l",))] = "50%"
-    init: Annotated[str, Param("auto, random, copy (warm start from the old weights) or distill (needs --data). auto: distill with data, else the start that measures better.")] = "auto"
-    data: Annotated[str | None, Param("Images to train on: digits, fashion, folder:PATH, npz:PATH, latents:PATH.")] = None
+    replace: Annotated[
+        tuple[str, ...],
+        Param(
+            "What by what, repeatable: attn=hyena, mlp=r3, attn=swa:w=8@1,3,8-12.", ("-r",), "SLOT=OP[:k=v,…][@LAYERS]"
+        ),
+    ]
+    layers: Annotated[str, Param("Blocks to change: all, 25%, 50% (odd blocks), 75%, 1,3,8-12, deep:n.", ("-l",))] = (
+        "50%"
+    )
+    init: Annotated[
+        str,
+        Param(
+            "auto, random, copy (warm start from the old weights) or distill (needs --data). auto: distill with data, else the start that measures better."
+        ),
+    ] = "auto"
+    data: Annotated[str | None, Param("Images to train on: digits, fashion, folder:PATH, npz:PATH, latents:PATH.")] = (
+        None
+    )
     preset: Annotated[str, Param("Settings not given: paper, small, or auto (small below 20 M parameters).")] = "auto"
     samples: Annotated[int | None, Param("Stage 1: recorded samples.")] = None
     steps: Annotated[int | None, Param("Stage 1: steps of each operator.")] = None
@@ -63,9 +77,13 @@ class Graft:
     finetune_steps: Annotated[int, Param("Stage 2: steps; 0 leaves it out.")] = 0
     finetune_batch: Annotated[int | None, Param("Stage 2: batch.")] = None
     finetune_lr: Annotated[float | None, Param("Stage 2: learning rate after warm-up.")] = None
-    finetune_loss: Annotated[str, Param("Stage 2: diffusion, distill (outputs of the original model) or both.")] = "diffusion"
+    finetune_loss: Annotated[str, Param("Stage 2: diffusion, distill (outputs of the original model) or both.")] = (
+        "diffusion"
+    )
     warmup: Annotated[int | None, Param("Stage 2: warm-up steps.")] = None
-    ema: Annotated[float | None, Param("Stage 2: decay of the weight average that is kept, warmed up on short runs.")] = None
+    ema: Annotated[
+        float | None, Param("Stage 2: decay of the weight average that is kept, warmed up on short runs.")
+    ] = None
     label_dropout: Annotated[float, Param("Stage 2: share of samples trained without their label.")] = 0.1
 
     name: ClassVar[str] = "graft"
@@ -132,7 +150,9 @@ class Graft:
         lines.append(f"parameters     {params['before']:>18,} -> {params['after']:>18,}   {_percent(params)}")
         for kind in ("core", "features"):
             pair = report["flops"][kind]
-            lines.append(f"FLOPs {kind:8} {pair['before']:>18,} -> {pair['after']:>18,}   {_percent(pair)}   (touched slots, one sample)")
+            lines.append(
+                f"FLOPs {kind:8} {pair['before']:>18,} -> {pair['after']:>18,}   {_percent(pair)}   (touched slots, one sample)"
+            )
         if "note" in report:
             lines.append(f"note     {report['note']}")
         return lines
@@ -143,13 +163,17 @@ class Graft:
         if self.preset not in ("auto", *PRESETS):
             raise UsageError("preset", f"--preset {self.preset}: unknown", hint="auto, paper or small")
         if self.finetune_steps < 0:
-            raise UsageError("finetune-steps", f"--finetune-steps {self.finetune_steps}: negative", hint="0 leaves it out")
+            raise UsageError(
+                "finetune-steps", f"--finetune-steps {self.finetune_steps}: negative", hint="0 leaves it out"
+            )
         if not self.distils and not self.finetune_steps:
             return
         if self.data is None:
             what = "--init distill" if self.init == "distill" else "--finetune-steps"
             raise UsageError(
-                "no-data", f"{what} needs images to train on", hint="add --data digits, folder:PATH, npz:PATH or latents:PATH"
+                "no-data",
+                f"{what} needs images to train on",
+                hint="add --data digits, folder:PATH, npz:PATH or latents:PATH",
             )
         if kind.name == "pixart":
             raise UsageError(
@@ -164,7 +188,9 @@ class Graft:
         starts = sorted({f"{e.op}: {self._init_of(e)}" for e in new if (e.op, self._init_of(e)) != ("mha", "copy")})
         if not starts:
             return ()
-        return (f"the graft is not repaired yet ({', '.join(starts)} start): add --data to distil, --finetune-steps to finetune",)
+        return (
+            f"the graft is not repaired yet ({', '.join(starts)} start): add --data to distil, --finetune-steps to finetune",
+        )
 
     def _init_of(self, entry: dit.Graft) -> str:
         return OPERATORS[entry.op].auto_init if self.init == "auto" else self.init
@@ -192,17 +218,25 @@ class Graft:
             if self.distils or self.finetune_steps:
                 entries += [Trained(part=part.name, name=prefix + n, dtype=dtype, shape=s) for n, s in shapes.items()]
                 continue
-            starts = self.starts(entry, {n: ref.shape for n, ref in refs.items()}, before.get((entry.block, entry.slot)), dims)
+            starts = self.starts(
+                entry, {n: ref.shape for n, ref in refs.items()}, before.get((entry.block, entry.slot)), dims
+            )
             entries += [_entry(part.name, prefix + n, dtype, shapes[n], starts[n], refs) for n in shapes]
         for other in base.parts.values():
             if other is not part:
-                entries += [Keep(part=other.name, name=n, dtype=r.dtype, shape=r.shape, ref=r) for n, r in other.tensors.items()]
+                entries += [
+                    Keep(part=other.name, name=n, dtype=r.dtype, shape=r.shape, ref=r) for n, r in other.tensors.items()
+                ]
         written = {e.name for e in entries if e.part == part.name}
         lead = f"{part.name}/" if part.name else ""
         return entries, [lead + name for name in part.tensors if name not in written]
 
     def starts(
-        self, entry: dit.Graft, shapes: Mapping[str, tuple[int, ...]], before: tuple[str, Mapping[str, Any]] | None, dims: dit.Dims
+        self,
+        entry: dit.Graft,
+        shapes: Mapping[str, tuple[int, ...]],
+        before: tuple[str, Mapping[str, Any]] | None,
+        dims: dit.Dims,
     ) -> Mapping[str, Source]:
         """Where each tensor of a new operator starts: drawn, or taken from the operator it replaces."""
         spec = OPERATORS[entry.op]
@@ -216,7 +250,9 @@ class Graft:
         assert part.config is not None and part.config_file is not None
         file_name, source = modeling_source()
         lead = f"{part.name}/" if part.name else ""
-        edits = [(f"{part.config_file}:{k}", part.config.get(k), v) for k, v in edited.items() if part.config.get(k) != v]
+        edits = [
+            (f"{part.config_file}:{k}", part.config.get(k), v) for k, v in edited.items() if part.config.get(k) != v
+        ]
         written = {part.config_file: _json(edited), lead + file_name: source}
         if base.layout == "pipeline":
             index = read_json(base.root / "model_index.json")
@@ -225,11 +261,15 @@ class Graft:
             written["model_index.json"] = _json({**index, part.name: value})
         stale = f"{lead}modeling_surgery_dit_"
         kept = [n for n in base.side_files if n not in written and not n.startswith(stale)]
-        files = [SideFile(n, source=str(base.root / n)) for n in kept] + [SideFile(n, content=c) for n, c in written.items()]
+        files = [SideFile(n, source=str(base.root / n)) for n in kept] + [
+            SideFile(n, content=c) for n, c in written.items()
+        ]
         return tuple(files), tuple(edits)
 
 
-def _entry(part: str, name: str, dtype: str, shape: tuple[int, ...], source: Any, refs: Mapping[str, TensorRef]) -> Entry:
+def _entry(
+    part: str, name: str, dtype: str, shape: tuple[int, ...], source: Any, refs: Mapping[str, TensorRef]
+) -> Entry:
     ranges = byte_ranges(source)
     used = [refs[n] for n in source.sources]
     if ranges is not None and all(refs[n].offset >= 0 and refs[n].dtype == dtype for n, _, _ in ranges):

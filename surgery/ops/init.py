@@ -39,13 +39,22 @@ class Init:
         """All tensors of the architecture, each to be drawn."""
         known = ARCHITECTURES.get(self.arch)
         if known is None:
-            raise UsageError("unknown-architecture", f"no architecture '{self.arch}'", hint=closest(self.arch, list(ARCHITECTURES)))
+            raise UsageError(
+                "unknown-architecture", f"no architecture '{self.arch}'", hint=closest(self.arch, list(ARCHITECTURES))
+            )
         if self.dtype not in _DTYPES:
             raise UsageError("dtype", f"--dtype {self.dtype}: unknown", hint="float32, bfloat16 or float16")
         dtype = _DTYPES[self.dtype]
         values = initial_values(known.transformer)
         entries = tuple(
-            Compute(name=n, dtype=dtype, shape=v.shape, how=v, random=v.random, scratch=prod(v.shape) * DTYPE_BITS["F32"] // 8)
+            Compute(
+                name=n,
+                dtype=dtype,
+                shape=v.shape,
+                how=v,
+                random=v.random,
+                scratch=prod(v.shape) * DTYPE_BITS["F32"] // 8,
+            )
             for n, v in values.items()
         )
         files = (

@@ -43,7 +43,9 @@ class TrainDiffusion:
         """Every tensor of the transformer is trained; other parts and files are kept."""
         part, config = transformer_part(base)
         if family(config, base.name).name == "pixart":
-            raise UsageError("text-model", f"{base.name}: needs text states, which --data does not hold", hint="use its own trainer")
+            raise UsageError(
+                "text-model", f"{base.name}: needs text states, which --data does not hold", hint="use its own trainer"
+            )
         if self.steps < 1:
             raise UsageError("steps", f"--steps {self.steps}: at least 1", hint="for example --steps 200")
         check_tensors(base, part, config)

@@ -6,7 +6,8 @@ writes, and nothing knows what a model does.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.store import digests
 from surgery.store.header import Header, nbytes_of, read_header
 from surgery.store.layout import LINEAGE_FILE, Layout, PartLayout, find_layout, read_json
+from surgery.store.record import read_record
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +66,7 @@ class Checkpoint:
         """The part called `name`, or the only one; raises `UsageError` when that is not clear."""
         if name is None and len(self.parts) == 1:
             return next(iter(self.parts.values()))
-        if name not in self.parts:
+        if name is None or name not in self.parts:
             asked = "a part must be named" if name is None else f"no part '{name}'"
             raise UsageError("part", f"{self.name}: {asked}", hint=f"parts: {', '.join(self.parts)}; write NAME:PART")
         return self.parts[name]
@@ -90,16 +92,12 @@ class Checkpoint:
 
     @cached_property
     def lineage(self) -> dict[str, Any] | None:
-        """The parsed `surgery.json`, or None for a checkpoint that we did not make."""
-        path = self.root / LINEAGE_FILE
-        if self.path.is_file() or not path.is_file():
-            return None
-        document = read_json(path)
-        if not isinstance(document, dict) or document.get("surgery") != 1:
-            raise CheckpointError(
-                "bad-lineage", f"{path}: not a lineage record of format 1", hint="made by a newer version, or damaged"
-            )
-        return document
+        """The parsed `surgery.json`, or None for a checkpoint that we did not make. One part of a pipeline has the
+        pipeline's."""
+        if self.path.is_file():
+            return None  # the record describes a folder; which of its files this one is does not follow from it
+        folders = (self.root.parent, self.root) if self.selected else (self.root,)
+        return next((read_record(f / LINEAGE_FILE) for f in folders if (f / LINEAGE_FILE).is_file()), None)
 
     @cached_property
     def tensor_digests(self) -> dict[str, str]:
@@ -112,10 +110,14 @@ class Checkpoint:
                 by_file.setdefault(ref.file, []).append(ref)
             for file in part.files:
                 refs = by_file.get(file, [])
-                known = digests.lookup(file)
+                # Which tensors a pickle holds depends on the key that it was opened with, so its digests are not kept.
+                keep = all(ref.offset >= 0 for ref in refs)
+                before = digests.identity(file)
+                known = digests.lookup(file) if keep else None
                 if known is None or any(ref.name not in known for ref in refs):
                     known = {ref.name: self.hash_tensor(ref) for ref in refs}
-                    digests.remember(file, known)
+                    if keep and digests.identity(file) == before:  # else it was written to meanwhile
+                        digests.remember(file, known)
                 found.update({prefix + ref.name: known[ref.name] for ref in refs})
         return found
 
@@ -125,8 +127,10 @@ class Checkpoint:
         return content_digest((n, r.dtype, r.shape, self.tensor_digests[n]) for n, r in self.tensors.items())
 
     def config_digest(self) -> str:
-        """Digest of the parsed JSON side files that say how the tensors are used (configs of parts and schedulers)."""
-        rows = {name: read_json(self.root / name) for name in self.side_files if name.endswith("config.json")}
+        """Digest of the parsed JSON side files that say how the tensors are used (a pipeline's list of parts, configs of
+        parts and schedulers)."""
+        ends = ("config.json", "model_index.json")
+        rows = {name: read_json(self.root / name) for name in self.side_files if name.endswith(ends)}
         return digests.canonical_digest(rows)
 
     def hash_tensor(self, ref: TensorRef) -> str:
@@ -141,18 +145,13 @@ class Checkpoint:
         if ref.offset < 0:
             yield memoryview(_tensor_bytes(self._from_pickle(ref)))
             return
-        with open(ref.file, "rb", buffering=0) as handle:
-            os.posix_fadvise(handle.fileno(), ref.offset, ref.nbytes, os.POSIX_FADV_SEQUENTIAL)
-            buffer = memoryview(bytearray(min(size, ref.nbytes) or 1))
-            position, end = ref.offset, ref.offset + ref.nbytes
-            while position < end:
-                count = os.preadv(handle.fileno(), [buffer[: min(size, end - position)]], position)
-                if count == 0:
-                    raise CheckpointError(
-                        "truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again"
-                    )
-                yield buffer[:count]
-                position += count
+        buffer = memoryview(bytearray(min(size, ref.nbytes)))
+        with _opened(ref) as fd:
+            os.posix_fadvise(fd, ref.offset, ref.nbytes, os.POSIX_FADV_SEQUENTIAL)
+            for position in range(0, ref.nbytes, size):
+                piece = buffer[: min(size, ref.nbytes - position)]
+                _fill(fd, piece, ref.offset + position, ref)
+                yield piece
 
     def read(self, name: str, *, rows: slice | None = None) -> "torch.Tensor":
         """The tensor called `name`, or only `rows` of its first axis. Sub-byte dtypes come back as raw uint8 [nbytes]."""
@@ -166,11 +165,12 @@ class Checkpoint:
         """As `read`, for a ref of this checkpoint."""
         if ref.offset < 0:
             tensor = self._from_pickle(ref)
-            return (tensor if rows is None else tensor[rows]).contiguous()
+            return (tensor if rows is None else tensor[_row_range(ref, rows)]).contiguous()
         return read_tensor(ref, rows=rows)
 
     def _from_pickle(self, ref: TensorRef) -> "torch.Tensor":
-        return self._pickles[ref.file][ref.name]
+        tensor: torch.Tensor = self._pickles[ref.file][ref.name]
+        return tensor
 
     def to_json(self) -> dict[str, Any]:
         """What `surgery inspect --json` prints first: digest, layout, counts."""
@@ -186,7 +186,7 @@ class Checkpoint:
         }
 
 
-def content_digest(rows: "Iterator[tuple[str, str, tuple[int, ...], str]]") -> str:
+def content_digest(rows: "Iterable[tuple[str, str, tuple[int, ...], str]]") -> str:
     """sha256 over the sorted (name, dtype, shape, tensor sha256): equal content gives equal digests in any layout."""
     return digests.canonical_digest(sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in rows))
 
@@ -315,27 +315,52 @@ def read_tensor(ref: TensorRef, *, rows: slice | None = None) -> "torch.Tensor":
 
     shape, offset, count = ref.shape, ref.offset, ref.nbytes
     if rows is not None:
-        if not shape:
-            raise UsageError("rows", f"'{printable(ref.name)}' is a scalar and has no rows", hint="read it whole")
-        start, stop, step = rows.indices(shape[0])
-        if step != 1:
-            raise UsageError(
-                "rows", f"rows of '{printable(ref.name)}' must be contiguous", hint="use a slice of step 1"
-            )
-        stop = max(start, stop)
+        chosen = _row_range(ref, rows)
+        if shape[0] and ref.nbytes % shape[0]:
+            raise UsageError("rows", f"rows of '{printable(ref.name)}' are not whole bytes", hint="read it whole")
         per_row = ref.nbytes // shape[0] if shape[0] else 0
-        shape, offset, count = (stop - start, *shape[1:]), ref.offset + start * per_row, (stop - start) * per_row
+        length = chosen.stop - chosen.start
+        shape, offset, count = (length, *shape[1:]), ref.offset + chosen.start * per_row, length * per_row
     raw = torch.empty(count, dtype=torch.uint8)
     if count:
-        view = memoryview(raw.numpy())
-        with open(ref.file, "rb", buffering=0) as handle:
-            done = 0
-            while done < count:
-                got = os.preadv(handle.fileno(), [view[done:]], offset + done)
-                if got == 0:
-                    raise CheckpointError(
-                        "truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again"
-                    )
-                done += got
+        with _opened(ref) as fd:
+            _fill(fd, memoryview(raw.numpy()), offset, ref)  # type: ignore[arg-type]
     dtype = torch_dtype(ref.dtype)
     return raw if dtype is None else raw.view(dtype).reshape(shape)
+
+
+def _row_range(ref: TensorRef, rows: slice) -> slice:
+    """`rows` with both ends filled in. Raises `UsageError` for a scalar or a step."""
+    if not ref.shape:
+        raise UsageError("rows", f"'{printable(ref.name)}' is a scalar and has no rows", hint="read it whole")
+    start, stop, step = rows.indices(ref.shape[0])
+    if step != 1:
+        raise UsageError("rows", f"rows of '{printable(ref.name)}' must be contiguous", hint="use a slice of step 1")
+    return slice(start, max(start, stop))
+
+
+@contextmanager
+def _opened(ref: TensorRef) -> Iterator[int]:
+    """A descriptor of the tensor's file."""
+    try:
+        fd = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as err:
+        raise CheckpointError("unreadable", f"{ref.file}: {err.strerror}", hint="it was there a moment ago") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _fill(fd: int, view: memoryview, offset: int, ref: TensorRef) -> None:
+    """Read exactly `view` from `offset`."""
+    while len(view):
+        try:
+            count = os.preadv(fd, [view], offset)
+        except OSError as err:
+            raise CheckpointError("unreadable", f"{ref.file}: {err.strerror}", hint="check the disk") from None
+        if count == 0:
+            raise CheckpointError(
+                "truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again"
+            )
+        view, offset = view[count:], offset + count

@@ -16,9 +16,8 @@ from typing import Any
 
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys, no spaces, UTF-8: the form that is hashed."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
-        "utf-8", "surrogatepass"
-    )
+    # Infinity is not JSON, but real configs hold it ("time_step_limit": [0.0, Infinity]).
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def canonical_digest(value: Any) -> str:
@@ -45,11 +44,12 @@ def lookup(file: str) -> dict[str, str] | None:
     try:
         with _table() as table:
             row = table.execute(
-                "SELECT tensors FROM digests WHERE dev=? AND ino=? AND size=? AND mtime=?", _identity(file)
+                "SELECT tensors FROM digests WHERE dev=? AND ino=? AND size=? AND mtime=?", identity(file)
             )
             found = row.fetchone()
-            return json.loads(found[0]) if found else None
-    except (OSError, sqlite3.Error, ValueError):
+            known = json.loads(found[0]) if found else None
+            return known if isinstance(known, dict) else None
+    except (OSError, sqlite3.Error, ValueError, TypeError):
         return None
 
 
@@ -57,13 +57,14 @@ def remember(file: str, tensors: Mapping[str, str]) -> None:
     """Keep the digests of all tensors in `file`; a cache that cannot be written is passed over."""
     try:
         with _table() as table:
-            row = (*_identity(file), json.dumps(dict(tensors)))
+            row = (*identity(file), json.dumps(dict(tensors)))
             table.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?)", row)
     except (OSError, sqlite3.Error):
         return
 
 
-def _identity(file: str) -> tuple[int, int, int, int]:
+def identity(file: str) -> tuple[int, int, int, int]:
+    """What a file is known by: device, inode, size and time of change. Raises OSError."""
     found = os.stat(file)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 

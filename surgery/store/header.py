@@ -106,7 +106,7 @@ def parse_header(raw: bytes, *, file_size: int, shown: str) -> Header:
     for name, row in document.items():
         spec, extra = _row(name, row, shown)
         if extra:
-            oddities.append(f"'{printable(name)}' has extra fields: {', '.join(map(printable, extra))}")
+            oddities.append(f"'{printable(name)}' has extra fields: {', '.join(map(printable, extra[:5]))}")
         rows.append((spec.start, spec.stop, name, spec))
     rows.sort(key=lambda r: r[:2])
     data_start = 8 + len(raw)
@@ -138,15 +138,23 @@ def _row(name: str, row: Any, shown: str) -> tuple[TensorSpec, list[str]]:
         _bad(shown, "unknown-dtype", f"'{label}' has dtype {printable(str(dtype))}, which the format does not know")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         _bad(shown, "malformed", f"'{label}' has a shape that is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and 0 <= n <= _MAX_BYTES for n in offsets)
+    ):
         _bad(shown, "malformed", f"'{label}' has data_offsets that are not two byte positions")
     start, stop = offsets
     try:
         size = nbytes_of(dtype, shape)
     except ValueError as err:
-        _bad(shown, "bad-size", f"'{label}' {dtype}{shape}: {err}")
+        _bad(shown, "bad-size", f"'{label}' {dtype}{printable(str(shape[:9]))}: {err}")
     if stop - start != size:
-        _bad(shown, "bad-size", f"'{label}' is {dtype}{shape}, {size} bytes, but its offsets span {stop - start}")
+        _bad(
+            shown,
+            "bad-size",
+            f"'{label}' is {dtype}{printable(str(shape[:9]))}, {size} bytes, but its offsets span {stop - start}",
+        )
     return TensorSpec(dtype, tuple(shape), start, stop), sorted(row.keys() - {"dtype", "shape", "data_offsets"})
 
 
@@ -163,9 +171,12 @@ def _strict_json(raw: bytes, shown: str) -> Any:
         found = dict(items)
         if len(found) == len(items):
             return found
-        marked = _Repeating(found)
-        names = [key for key, _ in items]
-        marked.key = next(key for i, key in enumerate(names) if key in names[:i])
+        marked, seen = _Repeating(found), set()
+        for key, _ in items:
+            if key in seen:
+                marked.key = key
+                break
+            seen.add(key)
         repeating.append(marked)
         return marked
 

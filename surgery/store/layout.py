@@ -49,10 +49,21 @@ class Layout:
 
 def find_layout(path: Path) -> Layout:
     """Recognise what lies at `path`. Raises `CheckpointError` naming what is missing or contradictory."""
+    try:
+        return _find_layout(path)
+    except OSError as err:
+        raise CheckpointError(
+            "unreadable", f"{err.filename or path}: {err.strerror}", hint="check the path and its rights"
+        ) from None
+
+
+def _find_layout(path: Path) -> Layout:
     if not path.exists():
         raise CheckpointError("missing", f"{path}: no such file or folder", hint="check the path")
     if path.is_file():
         return _file(path)
+    if not path.is_dir():
+        raise CheckpointError("unknown-layout", f"{path}: neither a file nor a folder", hint="name the folder")
     if (path / "model_index.json").is_file():
         return _pipeline(path)
     part = _part(path, name="")
@@ -85,10 +96,11 @@ def read_json(path: Path) -> Any:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts `layers.2` before `layers.10`."""
+    """Sort key that puts `layers.2` before `layers.10`. Only ASCII digits count, and no number is too long for it."""
     from re import split
 
-    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in split(r"(\d+)", name) if piece]
+    pieces = [piece.lstrip("0") if piece[0] in "0123456789" else piece for piece in split(r"([0-9]+)", name) if piece]
+    return [(0, len(p), p) if not p or p[0] in "0123456789" else (1, 0, p) for p in pieces]
 
 
 def safe_relative(name: object) -> bool:
@@ -96,7 +108,7 @@ def safe_relative(name: object) -> bool:
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     for pure in (PurePosixPath(name), PureWindowsPath(name)):
-        if pure.is_absolute() or pure.drive or pure.root or ".." in pure.parts:
+        if not pure.parts or pure.is_absolute() or pure.drive or pure.root or ".." in pure.parts:
             return False
     return True
 
@@ -148,12 +160,12 @@ def _part(folder: Path, *, name: str) -> PartLayout | None:
     single = [
         n for n in names if n.endswith(".safetensors") and _base_of(n[: -len(".safetensors")]) and "-of-" not in n
     ]
-    index = [n for n in names if n.endswith(".safetensors.index.json")]
+    index = [n for n in names if _is_index(n, "safetensors")]
     pickle = False
     if not single and not index:
         pickle = True
         single = [n for n in names if n.endswith(_PICKLES) and _base_of(n.rsplit(".", 1)[0]) and "-of-" not in n]
-        index = [n for n in names if n.endswith(".bin.index.json")]
+        index = [n for n in names if _is_index(n, "bin")]
     if len(single) + len(index) > 1:
         plain = [n for n in [*single, *index] if n.split(".")[0] in BASES and n.count(".") == (1 if n in single else 3)]
         if len(plain) != 1 or len({n.split(".")[0] for n in [*single, *index]}) > 1:
@@ -180,6 +192,13 @@ def _part(folder: Path, *, name: str) -> PartLayout | None:
     return None
 
 
+def _is_index(name: str, form: str) -> bool:
+    """`model.safetensors.index.json`, or with a variant `model.safetensors.index.fp16.json`."""
+    from re import escape, fullmatch
+
+    return fullmatch(rf".+\.{escape(form)}\.index(\.[\w-]+)?\.json", name) is not None
+
+
 def _base_of(stem: str) -> bool:
     return stem.split(".")[0] in BASES
 
@@ -200,14 +219,17 @@ def _weight_map(path: Path, extension: str) -> dict[str, str]:
             )
         if not file.endswith(extension):
             raise CheckpointError(
-                "inconsistent", f"{path}: '{printable(tensor)}' is said to be in {printable(file)}, no {extension} file"
+                "inconsistent",
+                f"{path}: '{printable(tensor)}' is said to be in {printable(file)}, no {extension} file",
+                hint="the index is damaged; fetch it again",
             )
     return weight_map
 
 
 def _other_files(root: Path, parts: tuple[PartLayout, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     taken = {name for part in parts for name in (*part.files, part.index)} | {LINEAGE_FILE}
-    side, ignored = [], []
+    side: list[str] = []
+    ignored: list[str] = []
     for name in _walk(root):
         if name in taken:
             continue

@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.errors import CheckpointError, OfflineError, ResourceError, UsageError, closest, printable
@@ -45,12 +45,8 @@ def resolve(typed: str, *, offline: bool = False) -> Resolved:
     to be downloaded and may not or cannot be."""
     if not typed:
         raise UsageError("empty-name", "an empty name for a checkpoint", hint="name a folder, an alias or org/name")
-    if not typed.startswith("hub:"):
-        if (path := Path(typed).expanduser()).exists():
-            return Resolved(typed, path)
-        stem, _, part = typed.rpartition(":")
-        if stem and (path := Path(stem).expanduser()).exists():
-            return Resolved(typed, path, part)
+    if not typed.startswith("hub:") and (found := _on_disk(typed, typed)):
+        return found
     aliases = known_aliases()
     stem, _, part = typed.partition(":")
     if stem in aliases:
@@ -61,6 +57,23 @@ def resolve(typed: str, *, offline: bool = False) -> Resolved:
     raise CheckpointError(
         "missing", f"{printable(typed)}: no such file, folder or alias", hint=closest(stem, sorted(aliases))
     )  # fmt: skip
+
+
+def _on_disk(typed: str, name: str) -> Resolved | None:
+    """`name` read as a path, or as a path and a part."""
+    if path := _existing(name):
+        return Resolved(typed, path)
+    stem, _, part = name.rpartition(":")
+    path = _existing(stem) if stem else None
+    return Resolved(typed, path, part or None) if path else None
+
+
+def _existing(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):
+        return None  # too long for a path, in a folder that may not be read, or of a user that there is not
 
 
 def open_named(typed: str, *, offline: bool = False, key: str | None = None) -> Checkpoint:
@@ -94,15 +107,14 @@ def _follow(typed: str, alias: str, target: str, part: str | None, offline: bool
                 "missing", f"{alias}: the shipped weights are not installed", hint="install the package again"
             )
         return Resolved(typed, path, part, alias=alias)
+    if not target.startswith("hub:") and (found := _on_disk(typed, target)):
+        return replace(found, part=part or found.part, alias=alias)
     match = _HUB_ID.match(target.removeprefix("hub:"))
-    if match and (target.startswith("hub:") or not Path(target).expanduser().exists()):
+    if match:
         return _hub(typed, match["repo"], match["revision"], part or match["part"], offline, alias=alias)
-    path = Path(target).expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            "missing", f"{alias}: the alias names {target}, which is not there", hint="edit aliases.toml"
-        )
-    return Resolved(typed, path, part, alias=alias)
+    raise CheckpointError(
+        "missing", f"{alias}: the alias names {printable(target)}, which is not there", hint="edit aliases.toml"
+    )
 
 
 def _hub(
@@ -114,7 +126,7 @@ def _hub(
         raise ResourceError(
             "missing-package", "hub ids need huggingface_hub", hint="pip install huggingface_hub"
         ) from None
-    shown = f"{typed} ({repo})" if alias else repo
+    shown = f"{typed} ({repo})" if alias else repo if typed.startswith("hub:") else f"{repo}: no such folder, and"
     fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     reason = "the network is off"
@@ -131,7 +143,7 @@ def _hub(
         except Exception:
             raise OfflineError(
                 "not-cached", f"{shown} is not in the local hub cache and could not be fetched: {reason}",
-                hint=f"where there is a network: {fetch}   (or make random weights of that shape: surgery init)",
+                hint=f"where there is a network: {fetch}" + ("   (random weights of that shape: surgery init)" if alias else ""),
             ) from None  # fmt: skip
     path = Path(folder)
     return Resolved(typed, path, part, repo, path.name, alias)

@@ -27,8 +27,18 @@ def train(op: "TrainDiffusion", ctx: TrainContext, plan: Plan, base: Checkpoint)
         report=ctx.report, resume_folder=ctx.scratch / "train",
     )  # fmt: skip
     lead = f"{part.name}/" if part.name else ""
-    curve = [{k: h[k] for k in ("step", "loss", "val") if k in h} for h in result.history if "val" in h or h["step"] == op.steps]
-    record = {"data": images.name, "data_digest": images.digest, "images": len(images.train.images), "val_loss": result.val, "curve": curve}
+    curve = [
+        {k: h[k] for k in ("step", "loss", "val") if k in h}
+        for h in result.history
+        if "val" in h or h["step"] == op.steps
+    ]
+    record = {
+        "data": images.name,
+        "data_digest": images.digest,
+        "images": len(images.train.images),
+        "val_loss": result.val,
+        "curve": curve,
+    }
     return TrainResult({lead + n: t for n, t in result.ema.items() if lead + n in _names(plan)}, record)
 
 

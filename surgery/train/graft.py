@@ -26,7 +26,7 @@ from surgery.train.optim import generator_for
 if TYPE_CHECKING:
     from surgery.ops.graft import Graft
 
-_GATES = {"attn": 2, "mlp": 4}  # place of gate_a and gate_m among the outputs of a block's norm1
+_GATES = {"attn": 1, "mlp": 4}  # place of gate_a and gate_m among the outputs of norm1 in an adaLN-Zero block
 
 
 def train(op: "Graft", ctx: TrainContext, plan: Plan, base: Checkpoint) -> TrainResult:
@@ -48,7 +48,9 @@ def train(op: "Graft", ctx: TrainContext, plan: Plan, base: Checkpoint) -> Train
     edited = dit.grafted_config(config, entries)
     if op.finetune_steps:
         state = _stage2(op, ctx, edited, state, teacher, images, schedule, settings, record)
-    student = model_from_state(edited, {n: t.detach().clone() for n, t in state.items()}, where=base.name).to(ctx.device)
+    student = model_from_state(edited, {n: t.detach().clone() for n, t in state.items()}, where=base.name).to(
+        ctx.device
+    )
     x_val, y_val = images.val
     if len(x_val):
         record["val_loss"] = heldout_loss(student, schedule, x_val[:1024], y_val[:1024], seed=0)[0]
@@ -68,7 +70,9 @@ def images_for(spec: str, config: Mapping[str, Any]) -> ImageSet:
     return images
 
 
-def _start(op: "Graft", base: Checkpoint, entries: Sequence[dit.Graft], config: Mapping[str, Any], seed: int) -> list[nn.Module]:
+def _start(
+    op: "Graft", base: Checkpoint, entries: Sequence[dit.Graft], config: Mapping[str, Any], seed: int
+) -> list[nn.Module]:
     """Every new operator with its first weights, drawn or copied as `op` says."""
     part, _ = transformer_part(base)
     dims = dit.Dims.from_config(config)
@@ -115,7 +119,16 @@ def _stage1(
         results[i].load_state_dict(result.state_dict)
         entry = entries[i]
         curve = [{"step": h["step"], "rel_err": h["rel_err"]} for h in result.history]
-        rows.append({"block": entry.block, "slot": entry.slot, "op": entry.op, "rel_err": result.rel_err, "best_step": result.steps, "curve": curve})
+        rows.append(
+            {
+                "block": entry.block,
+                "slot": entry.slot,
+                "op": entry.op,
+                "rel_err": result.rel_err,
+                "best_step": result.steps,
+                "curve": curve,
+            }
+        )
     record["stage1"] = rows
     return results
 
@@ -134,7 +147,9 @@ def _stage2(
         ),
         teacher=teacher if op.finetune_loss != "diffusion" else None, report=ctx.report, resume_folder=ctx.scratch / "stage2",
     )  # fmt: skip
-    record["stage2"] = {"curve": [{k: h[k] for k in ("step", "loss", "val") if k in h} for h in result.history if "val" in h]}
+    record["stage2"] = {
+        "curve": [{k: h[k] for k in ("step", "loss", "val") if k in h} for h in result.history if "val" in h]
+    }
     return result.ema
 
 

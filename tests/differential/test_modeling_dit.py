@@ -166,7 +166,12 @@ def write_model(folder: Path, config: Mapping[str, Any], seed: int, *, source: b
 
 def fresh_process(script: str, cwd: Path, *arguments: str) -> str:
     """Run `script` where our package cannot be imported; returns what it printed."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(cwd / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("PYTHONPATH", None)
     prelude = 'import sys; sys.modules["surgery"] = None\n'
     done = subprocess.run(

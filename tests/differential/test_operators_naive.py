@@ -1,4 +1,4 @@
-"""Every operator against its definition (arXiv 2506.05340, Tab. 3) written as loops over tokens and channels in float64.
+"""Every operator against its definition (arXiv 2506.05340, Tab. 3), written as loops in float64.
 
 Axes: B batch, N tokens, D width, H heads, d width of a head, C channels. Nothing here calls an operator's own code.
 """
@@ -113,9 +113,7 @@ def naive_zero(state: State, u_ND: torch.Tensor, **args: Any) -> torch.Tensor:
     return torch.zeros_like(u_ND)
 
 
-def naive_mamba(
-    state: State, u_ND: torch.Tensor, d_state: int, expand: int, headdim: int, **args: Any
-) -> torch.Tensor:
+def naive_mamba(state: State, u_ND: torch.Tensor, d_state: int, expand: int, headdim: int, **args: Any) -> torch.Tensor:
     """One state S[h] per head: S ← exp(A Δ) S + Δ x Bᵀ, y = S C + D x; then a gated RMS norm and the output layer."""
     state = {name.removeprefix("mixer."): value for name, value in state.items()}
     n, inner = u_ND.shape[0], expand * u_ND.shape[1]
@@ -130,7 +128,9 @@ def naive_mamba(
         part = slice(h * headdim, (h + 1) * headdim)
         for i in range(n):
             delta = F.softplus(step[i, h] + state["dt_bias"][h])
-            memory = torch.exp(-torch.exp(state["A_log"][h]) * delta) * memory + delta * torch.outer(x[i, part], into[i])
+            memory = torch.exp(-torch.exp(state["A_log"][h]) * delta) * memory + delta * torch.outer(
+                x[i, part], into[i]
+            )
             y[i, part] = memory @ out_of[i] + state["D"][h] * x[i, part]
     y = y * F.silu(gate)
     y = y / torch.sqrt((y**2).mean(dim=1, keepdim=True) + 1e-5) * state["norm.weight"]

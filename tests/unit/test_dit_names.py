@@ -136,7 +136,11 @@ def test_slot_prefix() -> None:
 @pytest.mark.parametrize("config", [DIGITS, SMALL_PIXART])
 def test_grafted_shapes_are_those_of_the_grafted_module(config: Any) -> None:
     grafted = with_grafts(
-        config, (0, "attn", "hyena-se:k=3,k_inner=5"), (0, "mlp", "mlp-hyena-x"), (1, "attn", "mamba2"), (1, "mlp", "r3")
+        config,
+        (0, "attn", "hyena-se:k=3,k_inner=5"),
+        (0, "mlp", "mlp-hyena-x"),
+        (1, "attn", "mamba2"),
+        (1, "mlp", "r3"),
     )
     assert tensor_shapes(grafted) == shapes_of_module(grafted)
     assert family(grafted).model_class == family(config).grafted_class

@@ -1,0 +1,68 @@
+"""Read `surgery.json` and check its shape, so that everything after may rely on its fields.
+
+A record comes from a folder that somebody may have damaged or made up. What it means belongs to `graph.lineage`; whether
+it is true is what `surgery verify` finds out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError, printable
+from surgery.store.layout import read_json, safe_relative
+
+_FIELDS: Mapping[str, type] = {
+    "record": str, "digest": str, "created": str, "output": dict, "steps": list, "parents": dict, "changes": list,
+    "tensors": dict, "environment": dict,
+}  # fmt: skip
+_STEP: Mapping[str, type] = {"op": str, "version": int, "params": dict, "seed": int, "key": str}
+_TENSOR: Mapping[str, type] = {"sha256": str, "dtype": str, "shape": list}
+_FILE: Mapping[str, type] = {"path": str, "size": int}
+_CHANGE: Mapping[str, type] = {"tensors": str, "count": int, "how": str}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record at `path`. Raises `CheckpointError` when it is no lineage record of format 1."""
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("surgery") != 1:
+        raise CheckpointError(
+            "bad-lineage", f"{path}: not a lineage record of format 1", hint="made by a newer version, or damaged"
+        )
+    ancestors = document.get("ancestors")
+    fault = _fault(document)
+    if fault is None and not isinstance(ancestors, dict):
+        fault = "ancestors"
+    if fault is None and isinstance(ancestors, dict):
+        fault = next((f"ancestors: {f}" for a in ancestors.values() if (f := _fault(a))), None)
+    if fault is not None:
+        raise CheckpointError(
+            "bad-lineage",
+            f"{path}: damaged: {printable(fault)}",
+            hint="restore the file, or build the checkpoint again",
+        )
+    return document
+
+
+def _fault(record: Any) -> str | None:
+    """The first field of a record that is missing or of another type than it should be."""
+    if fault := _lacks(record, _FIELDS):
+        return fault
+    if not record["steps"] or any(_lacks(step, _STEP) for step in record["steps"]):
+        return "steps"
+    if any(_lacks(row, _TENSOR) for row in record["tensors"].values()):
+        return "tensors"
+    files = record["output"].get("files")
+    if not isinstance(files, list) or any(_lacks(row, _FILE) or not safe_relative(row["path"]) for row in files):
+        return "output.files"
+    if any(_lacks(row, _CHANGE) for row in record["changes"]):
+        return "changes"
+    for parent in record["parents"].values():
+        if _lacks(parent, {"digest": str}) or not isinstance(parent.get("lineage"), str | None):
+            return "parents"
+    return None
+
+
+def _lacks(value: Any, fields: Mapping[str, type]) -> str | None:
+    if not isinstance(value, dict):
+        return "not an object"
+    return next((name for name, kind in fields.items() if not isinstance(value.get(name), kind)), None)
