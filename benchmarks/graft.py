@@ -47,13 +47,30 @@ def main() -> None:
             [
                 row("inspect, 3 GB", inspect.cpu, "CPU s", 0.5),
                 row("graft --dry-run, 3 GB", plan.cpu, "CPU s", 0.5),
-                row("graft 50 %, random, CPU without torch's import / CPU of cp -r", max(0.0, graft.cpu - torch.cpu) / copy.cpu, "x", 2.0,
-                    f"graft {graft.cpu:.2f} s, torch {torch.cpu:.2f} s, cp {copy.cpu:.2f} s"),
+                row(
+                    "graft 50 %, random, CPU without torch's import / CPU of cp -r",
+                    max(0.0, graft.cpu - torch.cpu) / copy.cpu,
+                    "x",
+                    2.0,
+                    f"graft {graft.cpu:.2f} s, torch {torch.cpu:.2f} s, cp {copy.cpu:.2f} s",
+                ),
                 row("the same, peak anonymous memory", graft.anonymous / 2**20, "MiB", 600),
-                row("init, peak anonymous memory", made.anonymous / 2**20, "MiB", 600, f"{made.cpu:.1f} CPU s, {made.wall:.1f} s"),
-                row("stage 1 on dit-digits, wall with 2 workers / with 1", two.wall / one.wall, "x", 0.85, f"{two.wall:.1f} s, {one.wall:.1f} s; includes start-up and recording"),
+                row(
+                    "init, peak anonymous memory",
+                    made.anonymous / 2**20,
+                    "MiB",
+                    600,
+                    f"{made.cpu:.1f} CPU s, {made.wall:.1f} s",
+                ),
+                row(
+                    "stage 1 on dit-digits, wall with 2 workers / with 1",
+                    two.wall / one.wall,
+                    "x",
+                    0.85,
+                    f"{two.wall:.1f} s, {one.wall:.1f} s; includes start-up and recording",
+                ),
             ],
-        )  # fmt: skip
+        )
 
 
 def _again(command: list[str], target: Path, *, runs: int = 3) -> Cost:

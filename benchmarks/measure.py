@@ -71,9 +71,7 @@ def finish(name: str, rows: list[dict[str, object]]) -> None:
     else:
         for row in rows:
             mark = "ok  " if row["ok"] else "OVER"
-            print(
-                f"{mark} {row['what']}: {row['value']} {row['unit']} (limit {row['limit']})   {row.get('note', '')}".rstrip()
-            )
+            print(f"{mark} {row['what']}: {row['value']} {row['unit']} (limit {row['limit']})   {row['note']}".rstrip())
     if not all(row["ok"] for row in rows):
         raise SystemExit(1)
 

@@ -11,7 +11,12 @@ HEAVY = ("torch", "numpy", "pydantic", "rich", "yaml", "transformers", "diffuser
 def main() -> None:
     show = median([*SURGERY, "--help"])
     torch = median([sys.executable, "-c", "import torch"], runs=3)
-    code = f"import sys; sys.argv = ['surgery', '--help']\ntry:\n    from surgery.cli.main import main; main()\nexcept SystemExit: pass\nprint(sum(m in sys.modules for m in {HEAVY}), file=sys.stderr)"
+    code = (
+        "import sys; sys.argv = ['surgery', '--help']\n"
+        "try:\n    from surgery.cli.main import main; main()\n"
+        "except SystemExit: pass\n"
+        f"print(sum(m in sys.modules for m in {HEAVY}), file=sys.stderr)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.strip()
     finish(
         "startup",

@@ -1,7 +1,7 @@
 """Every way a command can fail, as one small family of exceptions.
 
 An error carries a dotted code, one sentence, one hint and the exit status of its class. The command line prints the
-first two lines of it and nothing else; Python callers catch `SurgeryError` or a child. This module imports nothing of ours.
+first two lines of it and nothing else; Python callers catch `SurgeryError` or a child. Nothing of ours is imported.
 """
 
 from typing import ClassVar
@@ -10,8 +10,8 @@ from typing import ClassVar
 class SurgeryError(Exception):
     """Base of all errors we raise on purpose.
 
-    `code` is dotted ("checkpoint.duplicate-tensor"); its first part names the class. `message` names the file, tensor or
-    option at fault; `hint` says what to do next.
+    `code` is dotted ("checkpoint.duplicate-tensor"); its first part names the class. `message` names the file, tensor
+    or option at fault; `hint` says what to do next.
     """
 
     status: ClassVar[int] = 1

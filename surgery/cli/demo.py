@@ -220,15 +220,20 @@ def _report(
     table = [
         {
             "model": label,
-            "val_loss": losses[label].mean, "val_loss_interval": [losses[label].low, losses[label].high],
-            "frechet": distances[label].mean, "frechet_interval": [distances[label].low, distances[label].high],
+            "val_loss": losses[label].mean,
+            "val_loss_interval": [losses[label].low, losses[label].high],
+            "frechet": distances[label].mean,
+            "frechet_interval": [distances[label].low, distances[label].high],
             "kid": sum(r["scores"]["kid"] for r in runs) / len(runs),
             "precision": sum(r["scores"]["precision"] for r in runs) / len(runs),
             "recall": sum(r["scores"]["recall"] for r in runs) / len(runs),
-            "path": runs[0]["path"], "runs": [{k: r[k] for k in ("path", "val_loss", "digest")} | {"frechet": r["scores"]["frechet"]} for r in runs],
+            "path": runs[0]["path"],
+            "runs": [
+                {k: r[k] for k in ("path", "val_loss", "digest")} | {"frechet": r["scores"]["frechet"]} for r in runs
+            ],
         }
         for label, runs in measured.items()
-    ]  # fmt: skip
+    ]
     claims = {
         "val_loss": [check_order(losses, a, b) for a, b in _claims(list(measured))],
         "frechet": [check_order(distances, a, b) for a, b in _claims(list(measured))],
@@ -320,7 +325,8 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
     s = report["settings"]
     output.data("")
     output.data(
-        f"{s['n']} samples each, {s['sampler']} {s['steps']} steps, guidance {s['guidance']:g}; reference: {s['n_ref']} {s['reference']}; extractor {s['extractor']}"
+        f"{s['n']} samples each, {s['sampler']} {s['steps']} steps, guidance {s['guidance']:g}; "
+        f"reference: {s['n_ref']} {s['reference']}; extractor {s['extractor']}"
     )
     kind = "95 % intervals over seeds (Student's t)" if several else "intervals: bootstrap over images, one seed"
     output.data(kind)

@@ -55,9 +55,21 @@ def sample(
     base = open_source(model, offline=offline)
     with output.Progress() as report:
         settings = sample_to_file(
-            base, out, n=n, classes=_classes(classes), steps=steps, guidance=guidance, sampler=sampler, seed=seed, batch=batch,
-            cfg_channels=cfg_channels, device=device, threads=threads, grid=grid, report=report,
-        )  # fmt: skip
+            base,
+            out,
+            n=n,
+            classes=_classes(classes),
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            seed=seed,
+            batch=batch,
+            cfg_channels=cfg_channels,
+            device=device,
+            threads=threads,
+            grid=grid,
+            report=report,
+        )
     if grid is not None:
         output.note(f"picture: {grid}")
     if as_json:
@@ -122,9 +134,22 @@ def eval_images(
 
 
 def sample_to_file(
-    base: Any, out: Path, *, n: int, classes: list[int] | None, steps: int, guidance: float, sampler: str, seed: int, batch: int = 64,
-    cfg_channels: str = "all", device: str = "cpu", threads: int | None = None, grid: Path | None = None, report: Any = None,
-) -> dict[str, Any]:  # fmt: skip
+    base: Any,
+    out: Path,
+    *,
+    n: int,
+    classes: list[int] | None,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    seed: int,
+    batch: int = 64,
+    cfg_channels: str = "all",
+    device: str = "cpu",
+    threads: int | None = None,
+    grid: Path | None = None,
+    report: Any = None,
+) -> dict[str, Any]:
     """Sample from a checkpoint into an npz (and a picture); returns the settings as recorded."""
     import torch
 
@@ -142,13 +167,31 @@ def sample_to_file(
     decode = load_decoder(base, device)
     labels = balanced_labels(n, classes if classes is not None else int(model.config.num_embeds_ada_norm))
     images = sample_images(
-        model, schedule, n=n, labels=labels, steps=steps, guidance=guidance, sampler=sampler, seed=seed, batch=batch,
-        cfg_channels=cfg_channels, device=device, decode=decode, report=report,
-    )  # fmt: skip
+        model,
+        schedule,
+        n=n,
+        labels=labels,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        seed=seed,
+        batch=batch,
+        cfg_channels=cfg_channels,
+        device=device,
+        decode=decode,
+        report=report,
+    )
     settings = sample_settings(
-        schedule, model=f"sha256:{base.digest}", n=n, steps=steps, guidance=guidance, sampler=sampler, seed=seed,
-        cfg_channels=cfg_channels, batch=batch,
-    )  # fmt: skip
+        schedule,
+        model=f"sha256:{base.digest}",
+        n=n,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        seed=seed,
+        cfg_channels=cfg_channels,
+        batch=batch,
+    )
     save_samples(out, images, labels, settings)
     if grid is not None:
         draw_grid(

@@ -1,4 +1,4 @@
-"""A command made from an operation's declaration: its parameters become options, the run options are the same for all."""
+"""A command made from an operation's declaration: its parameters become options; run options are the same for all."""
 
 import inspect
 import sys
@@ -39,9 +39,20 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "verbose": (bool, typer.Option("-v", "--verbose", help="More talk on stderr.")),
 }
 _COMMON_DEFAULTS: dict[str, Any] = {
-    "out": None, "seed": 0, "device": "cpu", "threads": 1, "workers": 0, "shard_size": "5GB", "dry_run": False, "resume": False,
-    "overwrite": False, "offline": False, "as_json": False, "quiet": False, "verbose": False,
-}  # fmt: skip
+    "out": None,
+    "seed": 0,
+    "device": "cpu",
+    "threads": 1,
+    "workers": 0,
+    "shard_size": "5GB",
+    "dry_run": False,
+    "resume": False,
+    "overwrite": False,
+    "offline": False,
+    "as_json": False,
+    "quiet": False,
+    "verbose": False,
+}
 
 
 def command_function(name: str, summary: str) -> Callable[..., None]:
@@ -136,9 +147,15 @@ def run_options(common: Mapping[str, Any]) -> RunOptions:
     """The run options of a command line, checked."""
     extra = {"workers": common["workers"]} if common["workers"] else {}
     return RunOptions(
-        seed=common["seed"], device=common["device"], threads=common["threads"], shard_size=parse_size(common["shard_size"]),
-        resume=common["resume"], overwrite=common["overwrite"], offline=common["offline"], **extra,
-    )  # fmt: skip
+        seed=common["seed"],
+        device=common["device"],
+        threads=common["threads"],
+        shard_size=parse_size(common["shard_size"]),
+        resume=common["resume"],
+        overwrite=common["overwrite"],
+        offline=common["offline"],
+        **extra,
+    )
 
 
 def open_source(source: str, *, offline: bool = False, key: str | None = None) -> Checkpoint:

@@ -92,8 +92,8 @@ def count(n: float, unit: str = "") -> str:
 class Progress:
     """A `Report`: turns events (name, numbers) into bars on a terminal, and into rare lines elsewhere with -v.
 
-    Understands {"step", "steps"}, {"done", "total"} and {"done", "n"}, each for one of several {"operator", "operators"};
-    other numbers are shown beside the bar.
+    Understands {"step", "steps"}, {"done", "total"} and {"done", "n"}, each for one of {"operator", "operators"}; other
+    numbers are shown beside the bar.
     """
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], *, interval: tuple[float, float] | None = None) -> Estimate:
-    """Mean and Student's 95 % interval of values from independent seeds; with one value the given `interval`, or none."""
+    """Mean and Student's 95 % interval of values from independent seeds; one value takes the given `interval`."""
     mean = sum(values) / len(values)
     if len(values) == 1:
         low, high = interval or (mean, mean)

@@ -21,23 +21,46 @@ _UNHASHED = ("record", "created", "environment")
 
 
 def node_key(
-    *, op: str, version: int, params: Mapping[str, Any], parents: Iterable[Checkpoint], inputs: Mapping[str, str], seed: int,
-    device: str, torch: str,
-) -> str:  # fmt: skip
+    *,
+    op: str,
+    version: int,
+    params: Mapping[str, Any],
+    parents: Iterable[Checkpoint],
+    inputs: Mapping[str, str],
+    seed: int,
+    device: str,
+    torch: str,
+) -> str:
     """The identity of a node: equal keys mean equal results. `inputs` are digests of data read beside the parents;
     `device` is a class ("cpu", "cuda"), `torch` major.minor."""
     return digests.canonical_digest(
         {
-            "op": op, "version": version, "params": dict(params), "inputs": dict(inputs), "seed": seed, "device": device,
-            "torch": torch, "parents": [{"digest": p.digest, "config": p.config_digest()} for p in parents],
+            "op": op,
+            "version": version,
+            "params": dict(params),
+            "inputs": dict(inputs),
+            "seed": seed,
+            "device": device,
+            "torch": torch,
+            "parents": [{"digest": p.digest, "config": p.config_digest()} for p in parents],
         }
-    )  # fmt: skip
+    )
 
 
 def make_record(
-    *, op: str, version: int, params: Mapping[str, Any], seed: int, key: str, parents: list[Checkpoint], plan: Plan,
-    tensors: Mapping[str, str], files: list[dict[str, Any]], environment: Mapping[str, Any], training: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    op: str,
+    version: int,
+    params: Mapping[str, Any],
+    seed: int,
+    key: str,
+    parents: list[Checkpoint],
+    plan: Plan,
+    tensors: Mapping[str, str],
+    files: list[dict[str, Any]],
+    environment: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
     """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256."""
     names = _parent_names(parents)
     ancestors: dict[str, Any] = {}
@@ -46,7 +69,7 @@ def make_record(
             own = dict(parent.lineage)
             ancestors.update(own.pop("ancestors", {}))
             ancestors[parent.lineage["record"]] = own
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         e.full_name: {"sha256": tensors[e.full_name], "dtype": e.dtype, "shape": list(e.shape)} for e in plan.entries
     }
     step = {

@@ -31,7 +31,7 @@ class Param:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One output tensor: the part it belongs to, its name, dtype and shape. The subclass says where its bytes come from."""
+    """One output tensor: its part, name, dtype and shape. The subclass says where its bytes come from."""
 
     part: str = ""
     name: str
@@ -187,17 +187,17 @@ def op_params(op: type | Any) -> dict[str, tuple[Any, Param, Any]]:
     return found
 
 
-def build_op(kind: type, values: Mapping[str, Any]) -> Any:
+def build_op(kind: Any, values: Mapping[str, Any]) -> Any:
     """Make an operation from named values; an unknown or missing one is a `UsageError` naming the nearest known."""
     known = op_params(kind)
     for name in values:
         if name not in known:
             raise UsageError(
                 "unknown-parameter", f"{kind.name}: no parameter '{name}'", hint=closest(name, list(known))
-            )  # type: ignore[attr-defined]
+            )
     missing = [n for n, (_, _, default) in known.items() if default is MISSING and n not in values]
     if missing:
-        raise UsageError("missing-parameter", f"{kind.name}: {', '.join(missing)} must be given", hint="see its --help")  # type: ignore[attr-defined]
+        raise UsageError("missing-parameter", f"{kind.name}: {', '.join(missing)} must be given", hint="see its --help")
     return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 

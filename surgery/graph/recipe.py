@@ -48,7 +48,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read and check a recipe file. Raises `UsageError` with the line of the fault, `CheckpointError` when unreadable."""
+    """Read and check a recipe file. Raises `UsageError` with the line of the fault, `CheckpointError` if unreadable."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as err:
@@ -88,9 +88,14 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def run_recipe(
-    recipe: Recipe, load_op: Callable[[str], Any], open_input: Callable[[str], Checkpoint], out: Path | None,
-    *, options: RunOptions, report: Report = silent,
-) -> dict[str, RunResult]:  # fmt: skip
+    recipe: Recipe,
+    load_op: Callable[[str], Any],
+    open_input: Callable[[str], Checkpoint],
+    out: Path | None,
+    *,
+    options: RunOptions,
+    report: Report = silent,
+) -> dict[str, RunResult]:
     """Run every step; returns the results of the outputs by step name.
 
     Outputs go to the recipe's paths, or to `out` (below it when there are several); a step that is no output is kept in

@@ -1,7 +1,7 @@
 """Carry out one operation: plan it, move and compute its bytes, record the lineage, publish.
 
-Memory stays at a few tensors whatever the model's size: kept bytes never enter the process, computed tensors are written
-as they come. Results do not depend on the number of workers.
+Memory stays at a few tensors whatever the model's size: kept bytes never enter the process, computed tensors are
+written as they come. Results do not depend on the number of workers.
 """
 
 import hashlib
@@ -19,8 +19,19 @@ from surgery import __version__
 from surgery.errors import CheckpointError, OutputError, ResourceError, UsageError, printable
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
-    Bytes, Compute, Entry, Keep, Op, Plan, PlanContext, Trained, TrainContext, TrainResult, load_attribute, resolved_params,
-)  # fmt: skip
+    Bytes,
+    Compute,
+    Entry,
+    Keep,
+    Op,
+    Plan,
+    PlanContext,
+    TrainContext,
+    Trained,
+    TrainResult,
+    load_attribute,
+    resolved_params,
+)
 from surgery.graph.shards import Shard, plan_shards
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint
@@ -37,7 +48,7 @@ def silent(event: str, numbers: Mapping[str, float]) -> None:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run, as against what: none of these changes the result but `seed` and `device` (and `threads` in training)."""
+    """How to run, as against what: only `seed` and `device` (and `threads` in training) change the result."""
 
     seed: int = 0
     device: str = "cpu"
@@ -60,13 +71,19 @@ class RunResult:
 
 
 def run_op(
-    op: Op, parents: list[Checkpoint], out: Path | None, *, options: RunOptions | None = None, report: Report = silent,
-    notice: Callable[[Plan], None] = lambda plan: None, reuse: bool = False,
-) -> RunResult:  # fmt: skip
+    op: Op,
+    parents: list[Checkpoint],
+    out: Path | None,
+    *,
+    options: RunOptions | None = None,
+    report: Report = silent,
+    notice: Callable[[Plan], None] = lambda plan: None,
+    reuse: bool = False,
+) -> RunResult:
     """Apply `op` to `parents` and publish the result at `out` (default: ./<source>-<operation>-<8 hex of the key>).
 
-    With the default name, or with `reuse`, an earlier result of the same work is found and returned. Raises the errors of the plan before
-    anything is written; afterwards the target is absent or whole. `notice` sees the plan before work starts.
+    With the default name, or with `reuse`, an earlier result of the same work is found and returned. Raises the errors
+    of the plan before anything is written; afterwards the target is absent or whole. `notice` sees the plan before work starts.
     """
     options = options or RunOptions()
     check_device(options.device)
@@ -96,13 +113,25 @@ def run_op(
         files = [_weight_row(space, shard) for shard in shards]
         files += _side_files(space, plan, indexes, shards, trained.files)
         environment = {
-            "surgery": __version__, "python": platform.python_version(), "torch": _version("torch"),
-            "device": options.device, "threads": options.threads,
-        }  # fmt: skip
+            "surgery": __version__,
+            "python": platform.python_version(),
+            "torch": _version("torch"),
+            "device": options.device,
+            "threads": options.threads,
+        }
         record = make_record(
-            op=op.name, version=op.version, params=resolved_params(op), seed=options.seed, key=key, parents=parents, plan=plan,
-            tensors=hashes, files=files, environment=environment, training=trained.record,
-        )  # fmt: skip
+            op=op.name,
+            version=op.version,
+            params=resolved_params(op),
+            seed=options.seed,
+            key=key,
+            parents=parents,
+            plan=plan,
+            tensors=hashes,
+            files=files,
+            environment=environment,
+            training=trained.record,
+        )
         space.put_file(LINEAGE_FILE, encode(record))
         space.publish()
     for shard in shards:
@@ -114,9 +143,15 @@ def plan_key(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions)
     """The node's key; hashes parents whose digests are not known yet."""
     release = ".".join(_version("torch").split(".")[:2])
     return node_key(
-        op=op.name, version=op.version, params=resolved_params(op), parents=parents, inputs=plan.inputs, seed=options.seed,
-        device=options.device.split(":")[0], torch=release,
-    )  # fmt: skip
+        op=op.name,
+        version=op.version,
+        params=resolved_params(op),
+        parents=parents,
+        inputs=plan.inputs,
+        seed=options.seed,
+        device=options.device.split(":")[0],
+        torch=release,
+    )
 
 
 def default_target(op: Op, parents: list[Checkpoint], key: str) -> Path:
@@ -213,9 +248,16 @@ def _train(
 
 
 def _write(
-    op: Op, plan: Plan, parents: list[Checkpoint], shards: list[Shard], space: Workspace, done: Mapping[str, str],
-    trained: TrainResult, options: RunOptions, report: Report,
-) -> dict[str, str]:  # fmt: skip
+    op: Op,
+    plan: Plan,
+    parents: list[Checkpoint],
+    shards: list[Shard],
+    space: Workspace,
+    done: Mapping[str, str],
+    trained: TrainResult,
+    options: RunOptions,
+    report: Report,
+) -> dict[str, str]:
     """Move and compute every entry that is not journalled; returns sha256 by full name."""
     total, written = sum(s.file.size for s in shards), 0
     hashes: dict[str, str] = {}

@@ -28,9 +28,27 @@ SMALL_MODEL = 20_000_000  # parameters; below this "auto" takes the small settin
 # What stage 1 and 2 use when an option is not given. "paper": sections 3.2 and 4.1 of the paper. "small": settings
 # that were measured on the digits model, where the paper's 25 000 steps an operator would be hours.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"samples": 8000, "steps": 25_000, "batch": 64, "lr": 1e-4, "finetune_batch": 256, "finetune_lr": 1e-4, "warmup": 1000, "ema": 0.9999},
-    "small": {"samples": 1536, "steps": 250, "batch": 64, "lr": 2e-3, "finetune_batch": 64, "finetune_lr": 3e-4, "warmup": 20, "ema": 0.99},
-}  # fmt: skip
+    "paper": {
+        "samples": 8000,
+        "steps": 25_000,
+        "batch": 64,
+        "lr": 1e-4,
+        "finetune_batch": 256,
+        "finetune_lr": 1e-4,
+        "warmup": 1000,
+        "ema": 0.9999,
+    },
+    "small": {
+        "samples": 1536,
+        "steps": 250,
+        "batch": 64,
+        "lr": 2e-3,
+        "finetune_batch": 64,
+        "finetune_lr": 3e-4,
+        "warmup": 20,
+        "ema": 0.99,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,8 @@ class Graft:
     init: Annotated[
         str,
         Param(
-            "auto, random, copy (warm start from the old weights) or distill (needs --data). auto: distill with data, else the start that measures better."
+            "random; copy (warm start from the old weights); distill (stage 1 from a random start, needs --data); "
+            "auto: stage 1 with --data, else none, from the start that measures better."
         ),
     ] = "auto"
     data: Annotated[str | None, Param("Images to train on: digits, fashion, folder:PATH, npz:PATH, latents:PATH.")] = (
@@ -151,7 +170,7 @@ class Graft:
         for kind in ("core", "features"):
             pair = report["flops"][kind]
             lines.append(
-                f"FLOPs {kind:8} {pair['before']:>18,} -> {pair['after']:>18,}   {_percent(pair)}   (touched slots, one sample)"
+                f"FLOPs {kind:8} {pair['before']:>18,} -> {pair['after']:>18,}   {_percent(pair)}   (touched slots)"
             )
         if "note" in report:
             lines.append(f"note     {report['note']}")
@@ -177,9 +196,10 @@ class Graft:
             )
         if kind.name == "pixart":
             raise UsageError(
-                "text-model", f"{base.name}: training needs text states, which --data does not hold",
+                "text-model",
+                f"{base.name}: training needs text states, which --data does not hold",
                 hint="graft with --init copy or random, and train with your own pipeline",
-            )  # fmt: skip
+            )
         scheduler_config(base)
 
     def _warnings(self, new: list[dit.Graft]) -> tuple[str, ...]:
@@ -189,7 +209,7 @@ class Graft:
         if not starts:
             return ()
         return (
-            f"the graft is not repaired yet ({', '.join(starts)} start): add --data to distil, --finetune-steps to finetune",
+            f"the graft is not repaired yet ({', '.join(starts)} start): --data distils it, --finetune-steps finetunes",
         )
 
     def _init_of(self, entry: dit.Graft) -> str:

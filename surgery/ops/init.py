@@ -1,6 +1,6 @@
 """Init: a checkpoint of a known architecture with random weights, as its constructor would draw them.
 
-Inputs: none. Each tensor is drawn from its own seeded generator and written as it comes, so the model never is in memory.
+Inputs: none. Each tensor is drawn from its own seeded generator and written as it comes; the model is never in memory.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The operations by name, as "module:class", imported on first use. Adding an operation is its file and one line here."""
+"""The operations by name, as "module:class", imported on first use. An operation is its file and one line here."""
 
 from collections.abc import Mapping
 from typing import Any

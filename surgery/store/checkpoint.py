@@ -49,8 +49,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`name` is what the user typed, `path` opens it again. `layout` is "hf", "file", "pipeline" or "pickle"; `selected`
-    is a part's name when one part of a pipeline was asked for. `side_files` and `ignored` are relative to `root`."""
+    """`name` is what the user typed, `path` opens it again. `layout` is "hf", "file", "pipeline" or "pickle".
+
+    `selected` is a part's name when one part of a pipeline was asked for, `origin` says which repository and commit a
+    hub id led to. `side_files` and `ignored` are relative to `root`.
+    """
 
     name: str
     path: Path
@@ -60,6 +63,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     ignored: tuple[str, ...] = ()
     selected: str | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
     _pickles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def part(self, name: str | None = None) -> Part:
@@ -127,8 +131,8 @@ class Checkpoint:
         return content_digest((n, r.dtype, r.shape, self.tensor_digests[n]) for n, r in self.tensors.items())
 
     def config_digest(self) -> str:
-        """Digest of the parsed JSON side files that say how the tensors are used (a pipeline's list of parts, configs of
-        parts and schedulers)."""
+        """Digest of the parsed JSON side files that say how the tensors are used: a pipeline's list of parts, configs
+        of parts and schedulers."""
         ends = ("config.json", "model_index.json")
         rows = {name: read_json(self.root / name) for name in self.side_files if name.endswith(ends)}
         return digests.canonical_digest(rows)
@@ -154,7 +158,7 @@ class Checkpoint:
                 yield piece
 
     def read(self, name: str, *, rows: slice | None = None) -> "torch.Tensor":
-        """The tensor called `name`, or only `rows` of its first axis. Sub-byte dtypes come back as raw uint8 [nbytes]."""
+        """The tensor called `name`, or only `rows` of its first axis. Sub-byte dtypes come as raw uint8 [nbytes]."""
         if name not in self.tensors:
             raise UsageError(
                 "unknown-tensor", f"{self.name}: no tensor '{printable(name)}'", hint=closest(name, list(self.tensors))
@@ -213,7 +217,8 @@ def open_checkpoint(
     parts = {p.name: _open_part(layout, p, shown, key, pickles) for p in chosen}
     kind = "pickle" if any(p.pickle for p in chosen) else layout.kind
     if part is None:
-        return Checkpoint(shown, path, layout.root, kind, parts, layout.side_files, layout.ignored, None, pickles)
+        files = (layout.side_files, layout.ignored)
+        return Checkpoint(shown, path, layout.root, kind, parts, *files, _pickles=pickles)
     # One part of a pipeline is a plain model of its own: its folder is the root, its tensors have plain names.
     from dataclasses import replace
 
@@ -255,9 +260,10 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
         for ref in refs:
             if ref.name in tensors:
                 raise CheckpointError(
-                    "inconsistent", f"{shown}: '{printable(ref.name)}' is in two files, {in_file[ref.name]} and {relative}",
+                    "inconsistent",
+                    f"{shown}: '{printable(ref.name)}' is in two files, {in_file[ref.name]} and {relative}",
                     hint="shards must not share a tensor; write the checkpoint again",
-                )  # fmt: skip
+                )
             tensors[ref.name] = ref
             in_file[ref.name] = relative
     if part.weight_map is not None:
@@ -289,9 +295,10 @@ def _check_index(part: PartLayout, in_file: Mapping[str, str], shown: str) -> No
     if faults:
         more = f" (and {len(faults) - 10} more)" if len(faults) > 10 else ""
         raise CheckpointError(
-            "inconsistent", f"{shown}: {part.index} does not match the files: {'; '.join(faults[:10])}{more}",
+            "inconsistent",
+            f"{shown}: {part.index} does not match the files: {'; '.join(faults[:10])}{more}",
             hint="the index and the shards come from different downloads; fetch both again",
-        )  # fmt: skip
+        )
 
 
 def _pickle_ref(name: str, tensor: "torch.Tensor", path: str) -> TensorRef:

@@ -1,7 +1,7 @@
 """Find the parts of a checkpoint on disk: which files hold tensors, which lie beside them.
 
 Recognised: a Hugging Face folder (one file or an index with shards), a single `.safetensors` file, a diffusers pipeline
-folder, and torch pickles (`.bin`, `.pt`, `.pth`). No tensor is read and nothing is imported beyond the standard library;
+folder, and torch pickles (`.bin`, `.pt`, `.pth`). No tensor is read, nothing beyond the standard library is imported;
 paths that come out of a file's content never leave its folder.
 """
 

@@ -56,7 +56,7 @@ def resolve(typed: str, *, offline: bool = False) -> Resolved:
         return _hub(typed, match["repo"], match["revision"], match["part"], offline)
     raise CheckpointError(
         "missing", f"{printable(typed)}: no such file, folder or alias", hint=closest(stem, sorted(aliases))
-    )  # fmt: skip
+    )
 
 
 def _on_disk(typed: str, name: str) -> Resolved | None:
@@ -79,7 +79,10 @@ def _existing(name: str) -> Path | None:
 def open_named(typed: str, *, offline: bool = False, key: str | None = None) -> Checkpoint:
     """Resolve and open in one step; the checkpoint's `name` is what was typed."""
     found = resolve(typed, offline=offline)
-    return open_checkpoint(found.path, name=typed, part=found.part, key=key)
+    checkpoint = open_checkpoint(found.path, name=typed, part=found.part, key=key)
+    if found.repo and found.commit:
+        return replace(checkpoint, origin={"name": found.repo, "commit": found.commit})
+    return checkpoint
 
 
 def known_aliases() -> dict[str, str]:
@@ -142,9 +145,11 @@ def _hub(
             folder = snapshot_download(repo, revision=revision, local_files_only=True)
         except Exception:
             raise OfflineError(
-                "not-cached", f"{shown} is not in the local hub cache and could not be fetched: {reason}",
-                hint=f"where there is a network: {fetch}" + ("   (random weights of that shape: surgery init)" if alias else ""),
-            ) from None  # fmt: skip
+                "not-cached",
+                f"{shown} is not in the local hub cache and could not be fetched: {reason}",
+                hint=f"where there is a network: {fetch}"
+                + ("   (random weights of that shape: surgery init)" if alias else ""),
+            ) from None
     path = Path(folder)
     return Resolved(typed, path, part, repo, path.name, alias)
 

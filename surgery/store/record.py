@@ -1,7 +1,7 @@
 """Read `surgery.json` and check its shape, so that everything after may rely on its fields.
 
-A record comes from a folder that somebody may have damaged or made up. What it means belongs to `graph.lineage`; whether
-it is true is what `surgery verify` finds out.
+A record comes from a folder that somebody may have damaged or made up. What it means belongs to `graph.lineage`, and
+whether it is true is what `surgery verify` finds out.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,16 @@ from surgery.errors import CheckpointError, printable
 from surgery.store.layout import read_json, safe_relative
 
 _FIELDS: Mapping[str, type] = {
-    "record": str, "digest": str, "created": str, "output": dict, "steps": list, "parents": dict, "changes": list,
-    "tensors": dict, "environment": dict,
-}  # fmt: skip
+    "record": str,
+    "digest": str,
+    "created": str,
+    "output": dict,
+    "steps": list,
+    "parents": dict,
+    "changes": list,
+    "tensors": dict,
+    "environment": dict,
+}
 _STEP: Mapping[str, type] = {"op": str, "version": int, "params": dict, "seed": int, "key": str}
 _TENSOR: Mapping[str, type] = {"sha256": str, "dtype": str, "shape": list}
 _FILE: Mapping[str, type] = {"path": str, "size": int}

@@ -8,23 +8,25 @@ resumable. This module moves bytes; it knows no operation and no model.
 import ctypes
 import errno
 import fcntl
-import json
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from surgery.errors import Busy, OutputError, ResourceError
+from surgery.errors import Busy, CheckpointError, OutputError, ResourceError, SurgeryError
 from surgery.store.header import plan_header
+from surgery.store.journal import Journal, read_journal
 from surgery.store.layout import safe_relative
 
 _SYNC_BYTES = 256 << 20
 _SYNC_SECONDS = 5.0
-_NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY}
+_NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,12 @@ class Workspace:
         self.target = target.absolute()
         self.key = key
         self.folder = self.target.parent / f".{self.target.name}.surgery-{key[:12]}"
-        self.done: dict[str, str] = {}  # tensor -> sha256, as journalled by an earlier run that was killed
         self._resume, self._overwrite = resume, overwrite
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes, self._last_sync = 0, time.monotonic()
         self._files: dict[str, int] = {}
+        self._made: set[str] = set()
+        self._journal: Journal
         self._lock: int | None = None
         self._shown = str(target)
         check_target(target, overwrite=overwrite)
@@ -71,33 +74,35 @@ class Workspace:
             self._take_lock()
             check_target(Path(self._shown), overwrite=self._overwrite)
             self._repair()
+            if self.folder.is_symlink():
+                self.folder.unlink()  # not ours: a run makes a folder
             if self.folder.is_dir():
-                if self._resume:
-                    self.done = _read_journal(self.folder / "journal.jsonl", self.key)
-                else:
+                if not self._resume:
                     shutil.rmtree(self.folder)
             elif self._resume:
                 self._refuse_other_runs()
             (self.folder / "out").mkdir(parents=True, exist_ok=True)
-            self._journal = os.open(
-                self.folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
-            if os.fstat(self._journal).st_size == 0:
-                self._append([{"surgery": 1, "key": self.key}])
+            self._journal = Journal(self.folder / "journal.jsonl", self.key)
         except OSError as err:
-            self._drop_lock()
+            self._leave()
             raise_os(err, self._shown)
         except BaseException:
-            self._drop_lock()
+            self._leave()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.folder.is_dir():
+            with suppress(SurgeryError):
+                self.sync()  # what is finished by now need not be done again
         for fd in self._files.values():
             os.close(fd)
-        os.close(self._journal)
+        self._journal.close()
+        self._leave()
+
+    def _leave(self) -> None:
         # Keep what a resume could use; an error of ours before any work was done leaves nothing behind.
-        if self.folder.is_dir() and not self._worth_keeping():
+        if self._lock is not None and self.folder.is_dir() and not self._worth_keeping():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._drop_lock()
 
@@ -108,15 +113,13 @@ class Workspace:
         path.mkdir(exist_ok=True)
         return path
 
-    @property
-    def resumable(self) -> bool:
-        """Whether the folder holds anything that `--resume` would use."""
-        return self.folder.is_dir() and self._worth_keeping()
-
     def check_space(self, size: int) -> None:
         """Raise `ResourceError` when `size` bytes do not fit beside the target."""
         stat = os.statvfs(self.folder)
-        have = stat.f_bavail * stat.f_frsize
+        held = sum(
+            f.stat().st_blocks * 512 for f in (self.folder / "out").rglob("*") if f.is_file()
+        )  # of a resumed run
+        have = stat.f_bavail * stat.f_frsize + held
         if size > have:
             raise ResourceError(
                 "disk-full",
@@ -125,19 +128,21 @@ class Workspace:
             )
 
     def begin_file(self, planned: PlannedFile) -> bool:
-        """Create `planned` with its space reserved and its header written, or reopen it. True when it was there already."""
+        """Create `planned` with its space reserved and its header written, or reopen it: True when it was there."""
         path = self._inside(planned.relative)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             known = path.exists()
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._files[planned.relative] = fd
+            self._made.add(planned.relative)
             if (
                 known
                 and os.fstat(fd).st_size == planned.size
                 and os.pread(fd, len(planned.header), 0) == planned.header
             ):
                 return True
+            self.forget(planned.relative)
             os.ftruncate(fd, 0)
             if planned.size:
                 _reserve(fd, planned.size)
@@ -145,6 +150,18 @@ class Workspace:
         except OSError as err:
             raise_os(err, self._shown, need=planned.size)
         return False
+
+    def forget(self, relative: str | None = None) -> None:
+        """Stop trusting what an earlier run noted, for one file or for all, before its bytes change."""
+        try:
+            self._journal.forget(relative)
+        except OSError as err:
+            raise_os(err, self._shown)
+
+    @property
+    def done(self) -> Mapping[str, str]:
+        """ "file\0tensor" -> sha256 of what an earlier run that was killed had finished."""
+        return self._journal.done
 
     def write(self, planned: PlannedFile, name: str, data: Any) -> None:
         """Put the bytes of tensor `name` at its place."""
@@ -162,7 +179,7 @@ class Workspace:
             raise_os(err, self._shown)
 
     def copy_range(self, planned: PlannedFile, at: int, source: int, start: int, count: int) -> None:
-        """Move `count` bytes from file descriptor `source` at `start` to file offset `at`, inside the kernel if it can."""
+        """Move `count` bytes from descriptor `source` at `start` to file offset `at`, inside the kernel if it can."""
         try:
             copy_range(source, start, self._files[planned.relative], at, count)
         except OSError as err:
@@ -170,32 +187,38 @@ class Workspace:
 
     def copy_file(self, source: Path, relative: str) -> None:
         """Copy a side file whole; a link is read through, never made."""
-        path = self._inside(relative)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(source, "rb", buffering=0) as reader:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-                try:
-                    copy_range(reader.fileno(), 0, fd, 0, os.fstat(reader.fileno()).st_size)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+            reader = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
-            raise_os(err, self._shown)
+            raise CheckpointError(
+                "unreadable", f"{source}: {err.strerror}", hint="check the file and its rights"
+            ) from None
+        try:
+            with self._new_file(relative) as fd:
+                copy_range(reader, 0, fd, 0, os.fstat(reader).st_size)
+        finally:
+            os.close(reader)
 
     def put_file(self, relative: str, data: bytes) -> None:
         """Write a side file from memory."""
+        with self._new_file(relative) as fd:
+            _pwrite(fd, data, 0)
+
+    @contextmanager
+    def _new_file(self, relative: str) -> Iterator[int]:
+        """A descriptor of a side file, emptied, and synced at the end."""
         path = self._inside(relative)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
-                _pwrite(fd, data, 0)
+                yield fd
                 os.fsync(fd)
             finally:
                 os.close(fd)
         except OSError as err:
             raise_os(err, self._shown)
+        self._made.add(relative)
 
     def note(self, relative: str, name: str, sha256: str, size: int) -> None:
         """Journal a finished tensor; the file is synced before the line counts."""
@@ -211,14 +234,10 @@ class Workspace:
         try:
             for relative in {row["file"] for row in self._pending}:
                 os.fdatasync(self._files[relative])
-            self._append(self._pending)
+            self._journal.append(self._pending)
         except OSError as err:
             raise_os(err, self._shown)
         self._pending, self._pending_bytes, self._last_sync = [], 0, time.monotonic()
-
-    def published_path(self, relative: str) -> Path:
-        """Where the file will lie once published."""
-        return self.target / relative
 
     def publish(self) -> None:
         """Sync every file and folder and move the result to the target in one step."""
@@ -226,8 +245,16 @@ class Workspace:
         try:
             for fd in self._files.values():
                 os.fsync(fd)
-            for folder, _, _ in os.walk(out):
-                _sync_folder(Path(folder))
+            # Deepest folders first: what an earlier run with other shards left must not become part of the result.
+            for place, _, names in os.walk(out, topdown=False):
+                folder = Path(place)
+                for name in names:
+                    if (folder / name).relative_to(out).as_posix() not in self._made:
+                        (folder / name).unlink()
+                if folder != out and not any(folder.iterdir()):
+                    folder.rmdir()
+                else:
+                    _sync_folder(folder)
             if self._overwrite and self.target.exists():
                 _swap(out, self.target, self._aside)
             else:
@@ -235,7 +262,8 @@ class Workspace:
             _sync_folder(self.target.parent)
         except OSError as err:
             raise_os(err, self._shown)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for run in self._runs():
+            shutil.rmtree(run, ignore_errors=True)  # also those of other commands: their target is taken now
 
     @property
     def _aside(self) -> Path:
@@ -252,11 +280,18 @@ class Workspace:
     def _worth_keeping(self) -> bool:
         scratch = self.folder / "scratch"
         has_scratch = scratch.is_dir() and any(f.is_file() for f in scratch.rglob("*"))
-        return has_scratch or len(_read_journal(self.folder / "journal.jsonl", self.key)) > 0
+        return has_scratch or bool(read_journal(self.folder / "journal.jsonl", self.key))
+
+    def _runs(self) -> list[Path]:
+        """The folders of all runs to this target; the lock says that none of them is at work but this one."""
+        lead = f".{self.target.name}.surgery-"
+        found = (
+            e for e in os.scandir(self.target.parent) if e.name.startswith(lead) and e.is_dir(follow_symlinks=False)
+        )
+        return [Path(e.path) for e in found if re.fullmatch("[0-9a-f]{1,12}", e.name.removeprefix(lead))]
 
     def _refuse_other_runs(self) -> None:
-        others = sorted(self.target.parent.glob(f".{_glob_escape(self.target.name)}.surgery-*"))
-        if [o for o in others if o.is_dir() and o != self._aside]:
+        if self._runs():
             raise OutputError(
                 "changed-plan",
                 f"{self._shown}: an unfinished run is there, of another command or other parents",
@@ -270,14 +305,10 @@ class Workspace:
             )
         return self.folder / "out" / relative
 
-    def _append(self, rows: list[dict[str, Any]]) -> None:
-        _write_all(self._journal, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        os.fsync(self._journal)
-
     def _take_lock(self) -> None:
         path = self.target.parent / f".{self.target.name}.surgery.lock"
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -289,8 +320,9 @@ class Workspace:
                     hint="wait for it, or name another -o",
                 ) from None
             # The holder removes the file when it ends: what we locked may no longer be what the path names.
-            if os.path.exists(path) and os.stat(path).st_ino == os.fstat(fd).st_ino:
-                break
+            with suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                    break
             os.close(fd)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n".encode(), 0)
@@ -304,12 +336,15 @@ class Workspace:
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that exists, or that `overwrite` may not replace (a link, a file, a folder that is no checkpoint)."""
-    if target.is_symlink():
-        raise OutputError("exists", f"{target}: is a link", hint="name a folder that is not there yet")
-    if not target.exists():
-        return
-    empty = target.is_dir() and not any(target.iterdir())
+    """Refuse a target that exists, or that `overwrite` may not replace (a link, a file, a foreign folder)."""
+    try:
+        if target.is_symlink():
+            raise OutputError("exists", f"{target}: is a link", hint="name a folder that is not there yet")
+        if not target.exists():
+            return
+        empty = target.is_dir() and not any(target.iterdir())
+    except OSError as err:
+        raise_os(err, str(target))
     if not overwrite and not empty:
         raise OutputError(
             "exists", f"{target}: is already there", hint="name another -o, or pass --overwrite to replace it"
@@ -349,19 +384,25 @@ def raise_os(err: OSError, shown: str, *, need: int | None = None) -> NoReturn:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write one small file (a picture, a table) whole or not at all, honouring umask."""
+    """Write one small file (a picture, a table) whole or not at all. A new file follows the umask, a replaced one keeps
+    its mode. Raises `OutputError` or `ResourceError`."""
     temporary = path.parent / f".{path.name}.surgery-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a dead process that had the same number
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            _write_all(fd, data)
+            if path.is_file():
+                os.fchmod(fd, path.stat().st_mode & 0o777)
+            _pwrite(fd, data, 0)
             os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as err:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise_os(err, str(path), need=len(data))
 
 
@@ -379,30 +420,6 @@ def _pwrite(fd: int, data: Any, offset: int) -> None:
     while len(view):
         done = os.pwrite(fd, view, offset)
         view, offset = view[done:], offset + done
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[os.write(fd, view) :]
-
-
-def _read_journal(path: Path, key: str) -> dict[str, str]:
-    done: dict[str, str] = {}
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError:
-        return done
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the last line of a killed run may be torn
-        if "key" in row and row["key"] != key:
-            return {}
-        if "tensor" in row:
-            done[f"{row['file']}\0{row['tensor']}"] = row["sha256"]
-    return done
 
 
 def _sync_folder(path: Path) -> None:
@@ -426,9 +443,3 @@ def _swap(out: Path, target: Path, aside: Path) -> None:
     os.rename(target, aside)
     os.rename(out, target)
     shutil.rmtree(aside)
-
-
-def _glob_escape(name: str) -> str:
-    from glob import escape
-
-    return escape(name)

@@ -18,14 +18,26 @@ def train(op: "TrainDiffusion", ctx: TrainContext, plan: Plan, base: Checkpoint)
     part, config = transformer_part(base)
     images = images_for(op.data, config)
     result = finetune(
-        load_model(base).float().to(ctx.device), images, NoiseSchedule.from_config(scheduler_config(base)),
+        load_model(base).float().to(ctx.device),
+        images,
+        NoiseSchedule.from_config(scheduler_config(base)),
         FinetuneSettings(
-            steps=op.steps, batch=op.batch, lr=op.lr, warmup=op.warmup, schedule=op.schedule, weight_decay=op.weight_decay,
-            clip=op.clip, ema=op.ema, label_dropout=op.label_dropout, seed=ctx.seed, val_every=op.val_every,
+            steps=op.steps,
+            batch=op.batch,
+            lr=op.lr,
+            warmup=op.warmup,
+            schedule=op.schedule,
+            weight_decay=op.weight_decay,
+            clip=op.clip,
+            ema=op.ema,
+            label_dropout=op.label_dropout,
+            seed=ctx.seed,
+            val_every=op.val_every,
             save_every=max(1, op.steps // 10),
         ),
-        report=ctx.report, resume_folder=ctx.scratch / "train",
-    )  # fmt: skip
+        report=ctx.report,
+        resume_folder=ctx.scratch / "train",
+    )
     lead = f"{part.name}/" if part.name else ""
     curve = [
         {k: h[k] for k in ("step", "loss", "val") if k in h}

@@ -95,9 +95,16 @@ def _start(
 
 
 def _stage1(
-    op: "Graft", ctx: TrainContext, entries: Sequence[dit.Graft], operators: Sequence[nn.Module], teacher: nn.Module,
-    images: ImageSet, schedule: NoiseSchedule, settings: Mapping[str, Any], record: dict[str, Any],
-) -> list[nn.Module]:  # fmt: skip
+    op: "Graft",
+    ctx: TrainContext,
+    entries: Sequence[dit.Graft],
+    operators: Sequence[nn.Module],
+    teacher: nn.Module,
+    images: ImageSet,
+    schedule: NoiseSchedule,
+    settings: Mapping[str, Any],
+    record: dict[str, Any],
+) -> list[nn.Module]:
     targets = []
     trained = [i for i, o in enumerate(operators) if any(True for _ in o.parameters())]  # a no-op has nothing to learn
     for i in trained:
@@ -106,13 +113,25 @@ def _stage1(
         tap = Tap(dit.slot_prefix(entry.block, entry.slot).rstrip("."), gate=(norm, _GATES[entry.slot]))
         targets.append(Target(tap, operators[i], LOSS_OF_KIND[entry.slot]))
     distilled = distill(
-        teacher, targets, images, schedule,
+        teacher,
+        targets,
+        images,
+        schedule,
         DistillSettings(
-            samples=settings["samples"], steps=settings["steps"], batch=settings["batch"], lr=settings["lr"], loss=op.loss,
-            capture=op.capture, gate_weighted=op.gate_weighted, label_dropout=op.label_dropout, seed=ctx.seed, workers=ctx.workers,
+            samples=settings["samples"],
+            steps=settings["steps"],
+            batch=settings["batch"],
+            lr=settings["lr"],
+            loss=op.loss,
+            capture=op.capture,
+            gate_weighted=op.gate_weighted,
+            label_dropout=op.label_dropout,
+            seed=ctx.seed,
+            workers=ctx.workers,
         ),
-        folder=ctx.scratch / "stage1", report=ctx.report,
-    )  # fmt: skip
+        folder=ctx.scratch / "stage1",
+        report=ctx.report,
+    )
     results = list(operators)
     rows = []
     for i, result in zip(trained, distilled.values(), strict=True):
@@ -134,19 +153,37 @@ def _stage1(
 
 
 def _stage2(
-    op: "Graft", ctx: TrainContext, edited: Mapping[str, Any], state: Mapping[str, Tensor], teacher: nn.Module,
-    images: ImageSet, schedule: NoiseSchedule, settings: Mapping[str, Any], record: dict[str, Any],
-) -> dict[str, Tensor]:  # fmt: skip
+    op: "Graft",
+    ctx: TrainContext,
+    edited: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    teacher: nn.Module,
+    images: ImageSet,
+    schedule: NoiseSchedule,
+    settings: Mapping[str, Any],
+    record: dict[str, Any],
+) -> dict[str, Tensor]:
     student = model_from_state(edited, {n: t.detach().clone() for n, t in state.items()}).to(ctx.device)
     result = finetune(
-        student, images, schedule,
+        student,
+        images,
+        schedule,
         FinetuneSettings(
-            steps=op.finetune_steps, batch=settings["finetune_batch"], lr=settings["finetune_lr"], warmup=settings["warmup"],
-            ema=settings["ema"], label_dropout=op.label_dropout, seed=ctx.seed, loss=op.finetune_loss,
-            val_every=max(1, op.finetune_steps // 10), save_every=max(1, op.finetune_steps // 10),
+            steps=op.finetune_steps,
+            batch=settings["finetune_batch"],
+            lr=settings["finetune_lr"],
+            warmup=settings["warmup"],
+            ema=settings["ema"],
+            label_dropout=op.label_dropout,
+            seed=ctx.seed,
+            loss=op.finetune_loss,
+            val_every=max(1, op.finetune_steps // 10),
+            save_every=max(1, op.finetune_steps // 10),
         ),
-        teacher=teacher if op.finetune_loss != "diffusion" else None, report=ctx.report, resume_folder=ctx.scratch / "stage2",
-    )  # fmt: skip
+        teacher=teacher if op.finetune_loss != "diffusion" else None,
+        report=ctx.report,
+        resume_folder=ctx.scratch / "stage2",
+    )
     record["stage2"] = {
         "curve": [{k: h[k] for k in ("step", "loss", "val") if k in h} for h in result.history if "val" in h]
     }
