@@ -1,4 +1,4 @@
-"""Run a command as a whole process and account for it: CPU seconds from the kernel, peak anonymous memory by polling."""
+"""Run a command as a whole process: CPU seconds from the kernel, peak anonymous memory by polling."""
 
 import json
 import os

@@ -8,7 +8,7 @@ import typer
 
 from surgery.cli import output
 from surgery.cli.operation import open_source
-from surgery.errors import CheckpointError, Mismatch
+from surgery.errors import CheckpointError, Mismatch, printable
 from surgery.store.checkpoint import Checkpoint
 
 Source = Annotated[
@@ -51,7 +51,7 @@ def inspect(
         output.data_json(facts)
         return
     output.data(f"{checkpoint.name}  {checkpoint.path}")
-    made = f"   made by surgery {facts['made_by']}" if lineage else ""
+    made = f"   made by surgery {printable(facts['made_by'])}" if lineage else ""
     output.data(f"layout      {facts['layout']}{made}")
     output.data(f"digest      {facts['digest']}")
     output.data(f"parameters  {facts['parameters']:,}")
@@ -93,8 +93,8 @@ def log(
         output.data_json(record)
         return
     output.data(str(checkpoint.path))
-    for line in _tree(record, record.get("ancestors", {}), tensors, ""):
-        output.data(line)
+    for line in _tree(record, dict(record["ancestors"]), tensors, ""):
+        output.data(printable(line, limit=10_000))
 
 
 def verify(source: Source, as_json: AsJson = False, offline: Offline = False) -> None:
@@ -148,21 +148,25 @@ def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
-def _tree(record: Mapping[str, Any], ancestors: Mapping[str, Any], tensors: bool, indent: str) -> list[str]:
+def _tree(record: Mapping[str, Any], ancestors: dict[str, Any], tensors: bool, indent: str) -> list[str]:
+    """Lines of a record and, indented, of the records that it descends from; each of `ancestors` is told once."""
     step = record["steps"][-1]
     params = ", ".join(f"{k}={_short(v)}" for k, v in step["params"].items() if v not in (None, "", [], False))
     lines = [f"{indent}└─ {step['op']} v{step['version']}  {params}  seed={step['seed']}"]
     inner = indent + "   "
-    lines.append(f"{inner}digest {record['digest'][:23]}…  {record['created']}  torch {record['environment']['torch']}")
+    lines.append(
+        f"{inner}digest {record['digest'][:23]}…  {record['created']}  torch {record['environment'].get('torch')}"
+    )
     for name, value in step.get("training", {}).items():
         if not isinstance(value, list | dict):
             lines.append(f"{inner}{name}: {value}")
     if tensors:
         lines += [f"{inner}{c['how']:8} {c['count']:>5}  {c['tensors']}" for c in record["changes"]]
     for name, parent in record["parents"].items():
-        own = ancestors.get(parent["lineage"]) if parent["lineage"] else None
+        own = ancestors.pop(parent["lineage"], None)
         if own is None:
-            lines.append(f"{inner}└─ {name}  {parent['digest'][:23]}…  (root)")
+            told = "above" if parent["lineage"] else "root"
+            lines.append(f"{inner}└─ {name}  {parent['digest'][:23]}…  ({told})")
         else:
             lines.append(f"{inner}{name}")
             lines += _tree(own, ancestors, tensors, inner)

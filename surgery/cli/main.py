@@ -1,6 +1,8 @@
 """The command: a table of lazily loaded sub-commands, global options, and how errors end a process."""
 
+import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -43,6 +45,7 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
     ),
 }
 
+_WIDE = {"max_content_width": 110}
 _EPILOG = "Start with: surgery demo.  Every command explains itself: surgery graft --help."
 
 
@@ -82,6 +85,14 @@ class _RootGroup(LazyGroup):
     table = COMMANDS
 
 
+def _help(text: str) -> str:
+    """The docstring with its examples kept as they are: paragraphs that hold a command line are not rewrapped."""
+    from inspect import cleandoc
+
+    paragraphs = cleandoc(text).split("\n\n")
+    return "\n\n".join(f"\b\n{p}" if "  surgery " in p or p.startswith("surgery ") else p for p in paragraphs)
+
+
 def _group(name: str) -> Any:
     summary, members = GROUPS[name]
     kind = type("Group", (LazyGroup,), {"table": members})
@@ -102,7 +113,9 @@ def _load(name: str, target: str, summary: str) -> Any:
 
         function = load_attribute(target)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name=name, help=function.__doc__, no_args_is_help=name != "demo")(function)
+    app.command(
+        name=name, help=_help(function.__doc__ or summary), no_args_is_help=name != "demo", context_settings=_WIDE
+    )(function)
     command = typer.main.get_command(app)
     command.name = name
     return command
@@ -150,6 +163,10 @@ def main() -> None:
         raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Paths go out as the bytes they are; what the encoding of the terminal lacks goes out escaped.
+        plain = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+        sys.stdout.reconfigure(errors="surrogateescape" if plain else "backslashreplace")
     try:
         status = app(standalone_mode=False, prog_name="surgery")
         output.leave(status if isinstance(status, int) else 0)
@@ -168,8 +185,20 @@ def main() -> None:
 
 
 def _interrupted() -> None:
-    command = " ".join(a for a in sys.argv[1:] if a != "--resume")
-    output.warn(f"interrupted; nothing half-written is left. To go on: surgery {command} --resume")
+    command = shlex.join(a for a in sys.argv[1:] if a != "--resume")
+    again = f" To go on: surgery {command} --resume" if _resumable(sys.argv[1:]) else ""
+    output.warn(f"interrupted; the output is not there, and nothing that was there has changed.{again}")
+
+
+def _resumable(words: list[str]) -> bool:
+    """Whether the command that `words` name has --resume: recipes, and all that are made from an operation."""
+    table = COMMANDS
+    for word in words:
+        if word in GROUPS and table is COMMANDS:
+            table = GROUPS[word][1]
+        elif not word.startswith("-"):
+            return word == "run" or table.get(word, ("", ""))[0].startswith("op:")
+    return False
 
 
 def _foreign(err: Exception) -> None:

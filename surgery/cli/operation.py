@@ -1,6 +1,7 @@
 """A command made from an operation's declaration: its parameters become options; run options are the same for all."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
@@ -77,7 +78,7 @@ def command_function(name: str, summary: str) -> Callable[..., None]:
     signature += [_parameter(k, hint, option, _COMMON_DEFAULTS[k]) for k, (hint, option) in _COMMON.items()]
     signature.sort(key=lambda p: p.default is not inspect.Parameter.empty)
     command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
-    command.__doc__ = getattr(kind, "help", None) or f"{summary}\n\n{inspect.getdoc(kind) or ''}"
+    command.__doc__ = inspect.getdoc(kind) or summary
     command.__name__ = name.replace("-", "_")
     return command
 
@@ -128,6 +129,9 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         output.note("already done: this output is the result of the same command on the same parents")
     if result.reused:
         output.note(f"resumed: {result.reused} tensors were reused")
+    training = result.record["steps"][-1].get("training", {})
+    for line in getattr(op, "summary", lambda t: [])(training) if training else []:
+        output.note(line)
     if common["as_json"]:
         record = result.record
         step = record["steps"][-1]
@@ -163,7 +167,7 @@ def open_source(source: str, *, offline: bool = False, key: str | None = None) -
     if source == "-":
         import json
 
-        text = sys.stdin.read().strip()
+        text = os.fsdecode(sys.stdin.buffer.read()).strip()
         if text.startswith("{"):
             try:
                 text = str(json.loads(text)["path"])

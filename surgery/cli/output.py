@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, printable
 
 _LINE_BREAKS_KEPT = str.maketrans({c: f"\\x{c:02x}" for c in (*range(10), *range(11, 32), 127, *range(0x80, 0xA0))})
 
@@ -27,7 +27,7 @@ def data(text: str) -> None:
 
 def data_json(value: Any) -> None:
     """The result as one JSON object on stdout."""
-    data(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+    data(json.dumps(value, indent=2, default=_plain))  # ASCII: no name in it can reach a terminal as it is
 
 
 def note(text: str) -> None:
@@ -154,7 +154,7 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value).translate(_LINE_BREAKS_KEPT)
+    return printable(str(value), limit=10_000)
 
 
 def _is_number(text: str) -> bool:

@@ -7,10 +7,11 @@ record travels along under `ancestors`.
 import json
 import time
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError, printable
+from surgery.errors import CheckpointError, UsageError, printable
 from surgery.graph.op import Bytes, Compute, Keep, Plan, Trained
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint, content_digest
@@ -18,6 +19,7 @@ from surgery.store.header import read_header
 from surgery.store.layout import LINEAGE_FILE
 
 _UNHASHED = ("record", "created", "environment")
+_NUMBER = r"(?<=\.)[0-9]{1,9}(?=\.)"  # the index of a block inside a tensor's name
 
 
 def node_key(
@@ -63,6 +65,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256."""
     names = _parent_names(parents)
+    edits = [_plain(edit) for edit in plan.config_edits]
     ancestors: dict[str, Any] = {}
     for parent in parents:
         if parent.lineage:
@@ -81,23 +84,32 @@ def make_record(
         "key": f"sha256:{key}",
     }
     if training:
-        step["training"] = dict(training)
+        step["training"] = _plain(training)
     record: dict[str, Any] = {
         "surgery": 1,
-        "digest": "sha256:" + content_digest((n, r["dtype"], tuple(r["shape"]), r["sha256"]) for n, r in rows.items()),
+        "digest": _digest_of(rows),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "output": {"files": files},
         "steps": [step],
         "parents": {n: _parent(p) for n, p in zip(names, parents, strict=True)},
         "changes": _changes(plan, names),
         "dropped": list(plan.dropped),
-        "config_edits": [list(edit) for edit in plan.config_edits],
+        "config_edits": edits,
         "tensors": rows,
         "environment": dict(environment),
         "ancestors": ancestors,
     }
     record["record"] = record_digest(record)
     return record
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from a JSON file, so that the record's digest does too; NaN and infinities as words."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
@@ -126,8 +138,12 @@ def verify(checkpoint: Checkpoint) -> list[str]:
             f"{checkpoint.name}: no {LINEAGE_FILE} beside the weights",
             hint="only what surgery made can be verified",
         )
+    if checkpoint.selected:
+        raise UsageError(
+            "part", f"{checkpoint.name}: the record is that of the whole pipeline", hint="verify the pipeline's folder"
+        )
     faults = []
-    if record.get("record") != record_digest(record):
+    if record["record"] != record_digest(record) or record["digest"] != _digest_of(record["tensors"]):
         faults.append(f"{LINEAGE_FILE}: the record was altered")
     root = checkpoint.root
     listed = {row["path"]: row for row in record["output"]["files"]}
@@ -160,6 +176,10 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     return faults
 
 
+def _digest_of(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    return "sha256:" + content_digest((n, r["dtype"], r["shape"], r["sha256"]) for n, r in rows.items())
+
+
 def header_digest(path: Path) -> str:
     """sha256 of a safetensors file's header bytes; with the tensors' digests it covers the whole file."""
     from hashlib import sha256
@@ -172,8 +192,14 @@ def header_digest(path: Path) -> str:
 def _parent_names(parents: list[Checkpoint]) -> list[str]:
     names: list[str] = []
     for parent in parents:
-        base = parent.name.rstrip("/").rsplit("/", 1)[-1] or "parent"
-        names.append(base if base not in names else f"{base}-{len(names) + 1}")
+        base = parent.name.rstrip("/").rsplit("/", 1)[-1]
+        if not base.strip("."):
+            base = parent.path.resolve().name or "parent"
+        name, number = base, 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
     return names
 
 
@@ -184,6 +210,7 @@ def _parent(parent: Checkpoint) -> dict[str, Any]:
         "config": f"sha256:{parent.config_digest()}",
         "part": parent.selected,
         "lineage": lineage["record"] if lineage else None,
+        **parent.origin,
     }
 
 
@@ -197,8 +224,8 @@ def _changes(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
         sources: tuple[str, ...] = ()
         if names and isinstance(entry, Keep | Bytes | Compute) and (not isinstance(entry, Compute) or entry.refs):
             sources = (names[entry.parent],)
-        numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", entry.full_name)[:1]]
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", entry.full_name, count=1)
+        numbers = [int(n) for n in re.findall(_NUMBER, entry.full_name)[:1]]
+        pattern = re.sub(_NUMBER, "{}", entry.full_name, count=1)
         groups.setdefault((pattern, how, sources), []).extend(numbers)
     return [
         {

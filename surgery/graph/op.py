@@ -7,6 +7,7 @@ and the lineage's `params`. `plan()` names every output tensor without torch; `r
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
@@ -198,6 +199,9 @@ def build_op(kind: Any, values: Mapping[str, Any]) -> Any:
     missing = [n for n, (_, _, default) in known.items() if default is MISSING and n not in values]
     if missing:
         raise UsageError("missing-parameter", f"{kind.name}: {', '.join(missing)} must be given", hint="see its --help")
+    for name, value in values.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise UsageError("not-finite", f"{kind.name}: {name} is {value}", hint="give a number")
     return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 

@@ -35,7 +35,8 @@ from surgery.graph.op import (
 from surgery.graph.shards import Shard, plan_shards
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint
-from surgery.store.layout import LINEAGE_FILE, read_json
+from surgery.store.layout import LINEAGE_FILE
+from surgery.store.record import read_record
 from surgery.store.writer import PlannedFile, Workspace, check_target
 
 Report = Callable[[str, Mapping[str, float]], None]
@@ -83,19 +84,20 @@ def run_op(
     """Apply `op` to `parents` and publish the result at `out` (default: ./<source>-<operation>-<8 hex of the key>).
 
     With the default name, or with `reuse`, an earlier result of the same work is found and returned. Raises the errors
-    of the plan before anything is written; afterwards the target is absent or whole. `notice` sees the plan before work starts.
+    of the plan before anything is written; afterwards the target is absent or whole. `notice` sees the plan first.
     """
     options = options or RunOptions()
     check_device(options.device)
     plan = op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
     if out is not None:
-        check_place(out, parents)
+        check_place(out, parents)  # before the parents are hashed, which can take long
         if not reuse:
             check_target(out, overwrite=options.overwrite)
     key = plan_key(op, plan, parents, options)
     reuse = reuse or out is None
     out = out or default_target(op, parents, key)
+    check_place(out, parents)
     found = find_result(out, key) if reuse and not options.overwrite else None
     if found is not None:
         return RunResult(out, found, found=True)
@@ -105,9 +107,11 @@ def run_op(
     with Workspace(out, key, resume=options.resume, overwrite=options.overwrite) as space:
         space.check_space(sum(s.file.size for s in shards))
         # Space is reserved for every file first: a full disk shows before any work is done.
-        kept = {s.file.relative for s in shards if space.begin_file(s.file)}
-        done = {k: sha for k, sha in space.done.items() if k.split("\0")[0] in kept}
-        _check_journal(space, shards, done)
+        for shard in shards:
+            space.begin_file(shard.file)
+        _check_journal(space, shards)
+        planned = {f"{s.file.relative}\0{e.name}" for s in shards for e in s.entries}
+        done = {k: sha for k, sha in space.done.items() if k in planned}
         trained = _train(op, plan, parents, options, space, report)
         hashes = _write(op, plan, parents, shards, space, done, trained, options, report)
         files = [_weight_row(space, shard) for shard in shards]
@@ -165,8 +169,8 @@ def find_result(path: Path, key: str) -> dict[str, Any] | None:
     """The lineage of `path` when it is the whole result of the work `key`; None when there is nothing."""
     if not path.exists():
         return None
-    record = read_json(path / LINEAGE_FILE) if (path / LINEAGE_FILE).is_file() else None
-    if not isinstance(record, dict) or record.get("steps", [{}])[-1].get("key") != f"sha256:{key}":
+    record = read_record(path / LINEAGE_FILE) if (path / LINEAGE_FILE).is_file() else None
+    if record is None or record["steps"][-1]["key"] != f"sha256:{key}":
         return None
     for row in record["output"]["files"]:
         if not (path / row["path"]).is_file() or (path / row["path"]).stat().st_size != row["size"]:
@@ -399,15 +403,15 @@ def seeded(seed: int, op: Op, name: str) -> Any:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1)
 
 
-def _check_journal(space: Workspace, shards: list[Shard], done: dict[str, str]) -> None:
+def _check_journal(space: Workspace, shards: list[Shard]) -> None:
     """Hash a sample of what an earlier run journalled; on any difference trust none of it."""
-    rows = [(s, e, sha) for s in shards for e in s.entries if (sha := done.get(f"{s.file.relative}\0{e.name}"))]
+    rows = [(s, e, sha) for s in shards for e in s.entries if (sha := space.done.get(f"{s.file.relative}\0{e.name}"))]
     for shard, entry, sha in rows[:: max(1, len(rows) // 8)]:
         offset, count = shard.file.places[entry.name]
         with open(space.folder / "out" / shard.file.relative, "rb") as handle:
             handle.seek(offset)
             if hashlib.sha256(handle.read(count)).hexdigest() != sha:
-                done.clear()
+                space.forget()
                 return
 
 

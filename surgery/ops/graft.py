@@ -8,7 +8,7 @@ config records the graft list; a modeling file beside the weights lets plain dif
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch import dit
@@ -55,15 +55,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 class Graft:
     """Replace attention or MLPs of a diffusion transformer by other operators and repair the model.
 
+    Examples:
+      surgery graft --replace attn=hyena dit-digits --data digits --finetune-steps 200 -o out/hyena
+      surgery graft -r attn=swa:w=8@50% -r mlp=r3@all dit-xl-2 --dry-run
+
     Stage 1 trains every new operator to return what the old one did (needs --data); stage 2 finetunes the whole model
     with its own loss (--finetune-steps). At 256 tokens and below this is a study of architecture, not a speed-up: the
     projections dominate there.
 
-    Examples:
-
-      surgery graft --replace attn=hyena dit-digits --data digits --finetune-steps 200 -o out/hyena
-
-      surgery graft -r attn=swa:w=8@50% -r mlp=r3@all dit-xl-2 --dry-run
+    Operators of attn: mha, swa:w=4, hyena-se, hyena-x (hyena), hyena-y (k=4, k_inner=4, bidirectional=true),
+    mamba2, identity-zero. Of mlp: mlp:r=3 (r3), mlp-hyena-x:r=2, identity-zero.
     """
 
     replace: Annotated[
@@ -87,7 +88,8 @@ class Graft:
     )
     preset: Annotated[str, Param("Settings not given: paper, small, or auto (small below 20 M parameters).")] = "auto"
     samples: Annotated[int | None, Param("Stage 1: recorded samples.")] = None
-    steps: Annotated[int | None, Param("Stage 1: steps of each operator.")] = None
+    epochs: Annotated[int | None, Param("Stage 1: passes over the recorded samples.")] = None
+    steps: Annotated[int | None, Param("Stage 1: steps of each operator, instead of epochs.")] = None
     batch: Annotated[int | None, Param("Stage 1: batch.")] = None
     lr: Annotated[float | None, Param("Stage 1: peak learning rate.")] = None
     loss: Annotated[str, Param("Stage 1: auto (attention l1, MLP l2), l1, l2, huber[:delta].")] = "auto"
@@ -149,6 +151,8 @@ class Graft:
         small = sum(prod(ref.shape) for ref in part.tensors.values()) < SMALL_MODEL
         preset = PRESETS[("small" if small else "paper") if self.preset == "auto" else self.preset]
         own = {name: value if (value := getattr(self, name)) is not None else preset[name] for name in preset}
+        if self.epochs is not None and self.steps is None:
+            own["steps"] = self.epochs * ceil(own["samples"] / own["batch"])
         if self.warmup is None and self.finetune_steps:
             own["warmup"] = min(own["warmup"], max(1, self.finetune_steps // 10))
         return own
@@ -174,6 +178,18 @@ class Graft:
             )
         if "note" in report:
             lines.append(f"note     {report['note']}")
+        return lines
+
+    def summary(self, training: Mapping[str, Any]) -> list[str]:
+        """What the training came to, for the reader of a finished run."""
+        lines = [
+            f"block {row['block']:>2} {row['slot']:4} {row['op']}: relative error {row['curve'][0]['rel_err']:.3f} at the "
+            f"start, {row['rel_err']:.3f} after stage 1 (step {row['best_step']:,.0f})"
+            for row in training.get("stage1", [])
+        ]
+        if "val_loss" in training:
+            now, before = training["val_loss"], training["val_loss_original"]
+            lines.append(f"held-out diffusion loss {now:.4f}; the original's is {before:.4f}")
         return lines
 
     def _check(self, base: Checkpoint, kind: dit.Family) -> None:

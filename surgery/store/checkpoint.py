@@ -217,25 +217,18 @@ def open_checkpoint(
     parts = {p.name: _open_part(layout, p, shown, key, pickles) for p in chosen}
     kind = "pickle" if any(p.pickle for p in chosen) else layout.kind
     if part is None:
-        files = (layout.side_files, layout.ignored)
-        return Checkpoint(shown, path, layout.root, kind, parts, *files, _pickles=pickles)
+        return Checkpoint(shown, path, layout.root, kind, parts, layout.side_files, layout.ignored, _pickles=pickles)
     # One part of a pipeline is a plain model of its own: its folder is the root, its tensors have plain names.
     from dataclasses import replace
 
     inside = f"{part}/"
     lone = replace(parts[part], name="", config_file="config.json" if parts[part].config_file else None)
-    side = tuple(n.removeprefix(inside) for n in layout.side_files if n.startswith(inside))
-    return Checkpoint(
-        shown,
-        layout.root / part,
-        layout.root / part,
-        "pickle" if kind == "pickle" else "hf",
-        {"": lone},
-        side,
-        (),
-        part,
-        pickles,
+    side, ignored = (
+        tuple(n.removeprefix(inside) for n in names if n.startswith(inside))
+        for names in (layout.side_files, layout.ignored)
     )
+    root, kind = layout.root / part, "pickle" if kind == "pickle" else "hf"
+    return Checkpoint(shown, root, root, kind, {"": lone}, side, ignored, part, _pickles=pickles)
 
 
 def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pickles: dict[str, Any]) -> Part:

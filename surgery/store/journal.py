@@ -13,8 +13,8 @@ from typing import Any
 
 
 class Journal:
-    """The open journal at `path` of the work `key`. `done` maps "file\\0tensor" to the sha256 that an earlier run noted;
-    a journal of other work is emptied. Methods raise OSError."""
+    """The open journal at `path` of the work `key`; a journal of other work is emptied. `done` maps "file\\0tensor" to
+    the sha256 that an earlier run noted. Methods raise OSError."""
 
     def __init__(self, path: Path, key: str) -> None:
         known = read_journal(path, key)

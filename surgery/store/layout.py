@@ -184,12 +184,18 @@ def _part(folder: Path, *, name: str) -> PartLayout | None:
                 raise CheckpointError(
                     "missing-shard", f"{folder / file}: named by {index[0]} and not there", hint="fetch the shard"
                 )
-        base = index[0].split(".")[0]
         paths = tuple(prefix + file for file in files)
-        return PartLayout(name, base, paths, pickle, weight_map, prefix + index[0], config)
+        return PartLayout(name, _output_base(index[0]), paths, pickle, weight_map, prefix + index[0], config)
     if single:
-        return PartLayout(name, single[0].split(".")[0], (prefix + single[0],), pickle, None, None, config)
+        return PartLayout(name, _output_base(single[0]), (prefix + single[0],), pickle, None, None, config)
     return None
+
+
+def _output_base(file: str) -> str:
+    """The stem under which an output's weights are looked for: transformers reads pytorch_model.bin, but only
+    model.safetensors."""
+    stem = file.split(".")[0]
+    return "model" if stem == "pytorch_model" else stem
 
 
 def _is_index(name: str, form: str) -> bool:
