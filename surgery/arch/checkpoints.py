@@ -2,6 +2,7 @@
 and the module built from it. Imports torch only where the module is built."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.arch.dit import tensor_shapes
@@ -48,19 +49,27 @@ def check_tensors(base: Checkpoint, part: Part, config: Mapping[str, Any]) -> No
         )
 
 
+def scheduler_file(base: Checkpoint) -> Path | None:
+    """Where the noise process of the checkpoint is written down: beside the weights, in its pipeline's scheduler
+    folder, or in that of the pipeline around it; None when it is nowhere."""
+    names = ("scheduler_config.json", "scheduler/scheduler_config.json", "../scheduler/scheduler_config.json")
+    return next((path for path in (base.root / name for name in names) if path.is_file()), None)
+
+
 def scheduler_config(base: Checkpoint) -> Mapping[str, Any]:
-    """The noise process the checkpoint was trained with, from its scheduler's config."""
-    for name in ("scheduler_config.json", "scheduler/scheduler_config.json", "../scheduler/scheduler_config.json"):
-        path = base.root / name
-        if path.is_file():
-            found = read_json(path)
-            if not isinstance(found, dict):
-                raise CheckpointError("malformed", f"{path}: not a JSON object", hint="fetch it again")
-            return found
-    raise CheckpointError(
-        "no-scheduler", f"{base.name}: no scheduler_config.json, so the noise process is unknown",
-        hint="put the scheduler's config beside the weights, or name the whole pipeline",
-    )  # fmt: skip
+    """The noise process the checkpoint was trained with, from its scheduler's config. Raises `CheckpointError` when
+    there is none, or none that can be read."""
+    path = scheduler_file(base)
+    if path is None:
+        raise CheckpointError(
+            "no-scheduler",
+            f"{base.name}: no scheduler_config.json, so the noise process is unknown",
+            hint="put the scheduler's config beside the weights, or name the whole pipeline",
+        )
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError("malformed", f"{path}: not a JSON object", hint="fetch it again")
+    return found
 
 
 def load_model(base: Checkpoint) -> "nn.Module":

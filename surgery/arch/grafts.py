@@ -28,7 +28,11 @@ def parse_replacements(replace: Sequence[str], layers: str, config: Mapping[str,
             raise UsageError(
                 "bad-replace", f"--replace {item}: not SLOT=OPERATOR", hint="for example attn=hyena, mlp=r3"
             )
-        text, _, own_layers = rest.partition("@")
+        text, at, own_layers = rest.partition("@")
+        if at and not own_layers.strip():
+            raise UsageError(
+                "bad-replace", f"--replace {item}: no blocks after @", hint="for example attn=hyena@1,3,8-12"
+            )
         spec, args = resolve_graft(config, slot, text)
         for block in parse_layers(own_layers or layers, dims.n_layers):
             if (block, slot) in entries:
@@ -59,10 +63,6 @@ def flops(config: Mapping[str, Any], grafts: Iterable[Graft], slots: Iterable[st
 def flops_report(
     config: Mapping[str, Any], before: Sequence[Graft], after: Sequence[Graft], slots: Sequence[str]
 ) -> dict[str, Any]:
-    """{"core": {"before", "after"}, "features": {…}} of the touched slots (paper Tab. 4), and of each slot alone."""
-
-    def pair(chosen: Sequence[str]) -> dict[str, dict[str, int]]:
-        old, new = flops(config, before, chosen), flops(config, after, chosen)
-        return {kind: {"before": old[kind], "after": new[kind]} for kind in ("core", "features")}
-
-    return {**pair(slots), "by_slot": {slot: pair([slot]) for slot in slots}}
+    """{"core": {"before", "after"}, "features": {…}}, the FLOPs of the touched slots (paper Tab. 4)."""
+    old, new = flops(config, before, slots), flops(config, after, slots)
+    return {kind: {"before": old[kind], "after": new[kind]} for kind in ("core", "features")}

@@ -7,7 +7,7 @@ locality of a block's attention (Eq. 3 there). This module imports nothing of ou
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from surgery.errors import UsageError
 
@@ -72,7 +72,7 @@ def _ranked(text: str, kind: str, count: str, n_layers: int, scores: Sequence[fl
         raise UsageError(
             "bad-layers",
             f"layers {text!r}: choosing by locality needs the locality score of every block",
-            hint="give --data, so that the attention of the model can be measured, or list the blocks",
+            hint="list the blocks, e.g. 1,3,8-12; their scores are known to callers from Python only",
         )
     if len(scores) != n_layers or not all(math.isfinite(score) for score in scores):
         raise UsageError(
@@ -84,14 +84,44 @@ def _ranked(text: str, kind: str, count: str, n_layers: int, scores: Sequence[fl
     return tuple(sorted(sorted(range(n_layers), key=lambda block: (sign * scores[block], block))[:n]))
 
 
+def parse_sequence(spec: str, n_layers: int) -> tuple[int, ...]:
+    """The block indices of a list with inclusive ranges (`0-10,14-27`), in the order given; a block may stand twice.
+
+    `all` is every block. Raises UsageError for anything else, indices out of range, reversed ranges, an empty list.
+    """
+    text = spec.strip()
+    if text == "all":
+        return tuple(range(n_layers))
+    chosen = tuple(
+        block
+        for first, last in _items(text, n_layers, forms="for example 0-10,14-27")
+        for block in range(first, last + 1)
+    )
+    if not chosen:
+        raise UsageError("bad-layers", f"layers {spec!r} keep no block", hint="write for example 0-10,14-27")
+    return chosen
+
+
 def _listed(text: str, n_layers: int) -> tuple[int, ...]:
     """Blocks of an explicit list."""
     chosen: list[int] = []
+    for first, last in _items(text, n_layers, forms=_FORMS):
+        repeated = set(chosen) & set(range(first, last + 1))
+        if repeated:
+            raise UsageError(
+                "bad-layers", f"layers {text!r}: block {min(repeated)} is named twice", hint="name every block once"
+            )
+        chosen.extend(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
+def _items(text: str, n_layers: int, *, forms: str) -> Iterator[tuple[int, int]]:
+    """(first, last) of every item of a list."""
     for item in text.split(",") if text else []:
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", item)
         if match is None:
             raise UsageError(
-                "bad-layers", f"layers {text!r}: {item.strip()!r} is not a block or a range", hint=f"write {_FORMS}"
+                "bad-layers", f"layers {text!r}: {item.strip()!r} is not a block or a range", hint=f"write {forms}"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
@@ -104,10 +134,4 @@ def _listed(text: str, n_layers: int) -> tuple[int, ...]:
                 f"layers {text!r}: block {first if first >= n_layers else last} does not exist",
                 hint=f"the model has blocks 0-{n_layers - 1}",
             )
-        repeated = set(chosen) & set(range(first, last + 1))
-        if repeated:
-            raise UsageError(
-                "bad-layers", f"layers {text!r}: block {min(repeated)} is named twice", hint="name every block once"
-            )
-        chosen.extend(range(first, last + 1))
-    return tuple(sorted(chosen))
+        yield first, last

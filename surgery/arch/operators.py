@@ -43,7 +43,11 @@ def _tap(k: int, args: Args) -> int:
 
 def _heads_divide(at: Place, args: Args) -> None:
     if at.dim % at.heads:
-        raise UsageError("bad-operator", f"the width {at.dim} is not divisible by {at.heads} heads")
+        raise UsageError(
+            "bad-operator",
+            f"the width {at.dim} is not divisible by {at.heads} heads",
+            hint="take an operator without heads, such as hyena-x",
+        )
 
 
 def _attention_layout(*names: str) -> Callable[[Place, Args], Layout]:
@@ -104,6 +108,7 @@ def _mamba_check(at: Place, args: Args) -> None:
         raise UsageError(
             "bad-operator",
             f"operator 'mamba2': the inner width {at.dim * args['expand']} is no multiple of headdim {args['headdim']}",
+            hint="give a headdim that divides it, e.g. mamba2:headdim=16",
         )
 
 
@@ -144,7 +149,11 @@ def _hidden(at: Place, args: Args) -> int:
 
 def _mlp_check(at: Place, args: Args) -> None:
     if _hidden(at, args) < 1:
-        raise UsageError("bad-operator", f"r={args['r']:g} leaves no hidden unit at width {at.dim}")
+        raise UsageError(
+            "bad-operator",
+            f"r={args['r']:g} leaves no hidden unit at width {at.dim}",
+            hint=f"give an r of at least {1 / at.dim:.3g}; 4 is the original",
+        )
 
 
 def _mlp_layout(at: Place, args: Args) -> Layout:

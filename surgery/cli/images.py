@@ -1,5 +1,6 @@
 """Commands about images: sample, eval images."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,8 @@ import typer
 
 from surgery.cli import output
 from surgery.cli.operation import open_source
-from surgery.errors import UsageError
+from surgery.errors import OutputError, UsageError
+from surgery.graph.run import check_device
 
 
 def sample(
@@ -48,17 +50,18 @@ def sample(
     Example:  surgery sample dit-digits --n 100 --sampler ddim --steps 20 -o out/digits.npz --grid out/digits.png
     """
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
-    if out.suffix != ".npz":
-        raise UsageError("out", f"-o {out}: images are written as .npz", hint=f"-o {out.with_suffix('.npz')}")
-    for path in (out, grid):
-        refuse_existing(path, overwrite)
+    check_device(device)
+    for flag, path, suffix in (("-o", out, ".npz"), ("--grid", grid, ".png")):
+        if path is not None:
+            _check_file(flag, path, suffix, overwrite=overwrite)
+    wanted = _classes(classes)
     base = open_source(model, offline=offline)
     with output.Progress() as report:
         settings = sample_to_file(
             base,
             out,
             n=n,
-            classes=_classes(classes),
+            classes=wanted,
             steps=steps,
             guidance=guidance,
             sampler=sampler,
@@ -126,7 +129,8 @@ def eval_images(
     output.data(f"recall            {result['recall']:.3f}")
     output.data(f"samples           {result['n']} of {samples}; reference {result['n_ref']} of {result['reference']}")
     output.data(f"extractor         {result['extractor']}")
-    output.data(f"sampling          {result['sampler']}, {result['steps']} steps, guidance {result['guidance']}")
+    how_made = f"{result['sampler']}, {result['steps']} steps, guidance {result['guidance']}"
+    output.data(f"sampling          {how_made if result['sampler'] else 'not recorded in the file'}")
     for name, pair in result.get("against", {}).items():
         output.data(f"against baseline  {name} {pair['base']:.4g} -> {pair['other']:.4g}   {pair['difference']:+.4g}")
     for text in result["notes"]:
@@ -157,11 +161,11 @@ def sample_to_file(
     from surgery.evals.pictures import grid as draw_grid
     from surgery.evals.sample import balanced_labels, sample_settings, save_samples
     from surgery.evals.sample import sample as sample_images
-    from surgery.graph.run import check_device
 
     check_device(device)
     if threads:
         torch.set_num_threads(threads)
+    _check_model(base)
     schedule = scheduler_config(base)
     model = load_model(base).float()
     decode = load_decoder(base, device)
@@ -200,12 +204,37 @@ def sample_to_file(
     return settings
 
 
-def refuse_existing(path: Path | None, overwrite: bool) -> None:
-    """A file that is there is replaced only when asked for."""
-    from surgery.errors import OutputError
+def _check_model(base: Any) -> None:
+    """Refuse what cannot be sampled to pictures, before its weights are read."""
+    from surgery.arch.checkpoints import transformer_part
+    from surgery.arch.dit import Dims, family
 
-    if path is not None and path.exists() and (not overwrite or path.is_dir()):
+    _, config = transformer_part(base)
+    if family(config, base.name).name == "pixart":
+        raise UsageError(
+            "text-model", f"{base.name}: makes images from text, not from classes", hint="use its diffusers pipeline"
+        )
+    channels = Dims.from_config(config, base.name).in_channels
+    if channels not in (1, 3) and "vae" not in base.parts:
+        raise UsageError(
+            "not-pixels",
+            f"{base.name}: makes latents of {channels} channels, and has no VAE that decodes them",
+            hint="name the whole pipeline folder",
+        )
+
+
+def _check_file(flag: str, path: Path, suffix: str, *, overwrite: bool) -> None:
+    """Refuse an output before the work for it starts: another kind of file, one that is there and was not to be
+    replaced, a folder that cannot be written to."""
+    if path.suffix != suffix:
+        raise UsageError(
+            "out", f"{flag} {path}: this is written as {suffix}", hint=f"{flag} {path.stem or 'out/samples'}{suffix}"
+        )
+    if os.path.lexists(path) and (not overwrite or not path.is_file()):
         raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError("not-writable", f"{path}: cannot write in {folder}", hint="check the folder and its rights")
 
 
 def _classes(text: str | None) -> list[int] | None:

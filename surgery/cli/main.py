@@ -19,10 +19,17 @@ from surgery.errors import SurgeryError, UsageError, closest
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("surgery.cli.demo:demo", "Graft a small diffusion transformer on real digits, end to end, in minutes."),
     "graft": ("op:graft", "Replace operators of a diffusion transformer and repair the model."),
+    "cast": ("op:cast", "Store floating-point tensors in another precision."),
+    "rename": ("op:rename", "Rename tensors by patterns."),
+    "slice": ("op:slice", "Keep, drop and repeat blocks of a model."),
+    "extract": ("op:extract", "Take one part out of a pipeline, or one tower out of a model."),
+    "reshard": ("op:reshard", "Store a checkpoint in files of another size."),
     "sample": ("surgery.cli.images:sample", "Draw images from a class-conditional diffusion transformer."),
     "init": ("op:init", "Make a checkpoint of a known architecture with random weights."),
     "inspect": ("surgery.cli.graph:inspect", "Show what a checkpoint holds, from headers alone."),
     "log": ("surgery.cli.graph:log", "Show how a checkpoint came to be, back to the root."),
+    "diff": ("surgery.cli.diff:diff", "Compare two checkpoints tensor by tensor."),
+    "replay": ("surgery.cli.replay:replay", "Build a checkpoint again from its record and compare."),
     "verify": ("surgery.cli.graph:verify", "Check every byte of a produced checkpoint against its record."),
     "run": ("surgery.cli.recipe:run", "Carry out the steps of a recipe."),
 }

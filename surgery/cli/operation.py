@@ -12,8 +12,9 @@ import typer
 
 from surgery.cli import output
 from surgery.errors import UsageError
-from surgery.graph.op import Param, Plan, PlanContext, build_op, op_params
+from surgery.graph.op import Param, Plan, PlanContext, build_op, op_params, shown_name
 from surgery.graph.run import RunOptions, check_device, check_plan, run_op
+from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.names import open_named
@@ -28,8 +29,12 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "threads": (int, typer.Option("--threads", min=1, help="Threads for training; recorded, since sums depend on it.")),
     "workers": (int, typer.Option("--workers", min=0, help="Tensors in work at once [default: the cores, at most 4].")),
     "shard_size": (
-        str,
-        typer.Option("--shard-size", metavar="SIZE", help="Largest size of a new weight file, e.g. 500MB, 2GiB."),
+        str | None,
+        typer.Option(
+            "--shard-size",
+            metavar="SIZE",
+            help="Largest size of a weight file, e.g. 500MB, 2GiB [default: 5GB; kept files stay as they are].",
+        ),
     ),
     "dry_run": (bool, typer.Option("--dry-run", help="Print the plan and its cost from headers alone; write nothing.")),
     "resume": (bool, typer.Option("--resume", help="Go on with a run of the same command that was interrupted.")),
@@ -45,7 +50,7 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "threads": 1,
     "workers": 0,
-    "shard_size": "5GB",
+    "shard_size": None,
     "dry_run": False,
     "resume": False,
     "overwrite": False,
@@ -62,7 +67,8 @@ def command_function(name: str, summary: str) -> Callable[..., None]:
     params = op_params(kind)
 
     def command(**values: Any) -> None:
-        common = {k: values.pop(k) for k in _COMMON}
+        # An operation may take a run option for its own, as reshard does: it is part of what it makes then.
+        common = {k: values[k] if k in params else values.pop(k) for k in _COMMON}
         sources = [values.pop(f"parent_{i}") for i in range(kind.parents)]
         _run(kind, values, sources, common)
 
@@ -75,7 +81,9 @@ def command_function(name: str, summary: str) -> Callable[..., None]:
         signature.append(_parameter(f"parent_{i}", str, argument, MISSING))
     for field, (hint, param, default) in params.items():
         signature.append(_parameter(field, *_option(field, hint, param, default)))
-    signature += [_parameter(k, hint, option, _COMMON_DEFAULTS[k]) for k, (hint, option) in _COMMON.items()]
+    signature += [
+        _parameter(k, hint, option, _COMMON_DEFAULTS[k]) for k, (hint, option) in _COMMON.items() if k not in params
+    ]
     signature.sort(key=lambda p: p.default is not inspect.Parameter.empty)
     command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     command.__doc__ = inspect.getdoc(kind) or summary
@@ -84,7 +92,7 @@ def command_function(name: str, summary: str) -> Callable[..., None]:
 
 
 def _option(field: str, hint: Any, param: Param, default: Any) -> tuple[Any, Any, Any]:
-    flag = "--" + field.replace("_", "-")
+    flag = "--" + shown_name(field).replace("_", "-")
     many = get_origin(hint) is tuple
     kind: Any = list[str] if many else hint
     if param.positional:
@@ -93,7 +101,7 @@ def _option(field: str, hint: Any, param: Param, default: Any) -> tuple[Any, Any
             typer.Argument(metavar=param.metavar or field.upper(), help=param.help, show_default=False),
             default,
         )
-    flags = [*param.flags, f"{flag}/--no-{field.replace('_', '-')}" if hint is bool and default is True else flag]
+    flags = [*param.flags, f"{flag}/--no-{flag[2:]}" if hint is bool and default is True else flag]
     extra: dict[str, Any] = {"metavar": param.metavar} if param.metavar else {}
     option = typer.Option(*flags, help=param.help, show_default=default not in (MISSING, None, (), "", False), **extra)
     return kind, option, list(default) if many and default is not MISSING else default
@@ -154,7 +162,7 @@ def run_options(common: Mapping[str, Any]) -> RunOptions:
         seed=common["seed"],
         device=common["device"],
         threads=common["threads"],
-        shard_size=parse_size(common["shard_size"]),
+        shard_size=parse_size(common["shard_size"]) if common["shard_size"] is not None else None,
         resume=common["resume"],
         overwrite=common["overwrite"],
         offline=common["offline"],
@@ -183,20 +191,6 @@ def open_source(source: str, *, offline: bool = False, key: str | None = None) -
             )
         source = text
     return open_named(source, offline=offline, key=key)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in "500MB", "5GB", "2GiB" or a plain number."""
-    import re
-
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    size = 0
-    if match:
-        base = 1024 if match[3] else 1000
-        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-    if size < 1:
-        raise UsageError("size", f"'{text}' is not a size", hint="write 500MB, 5GB or 2GiB")
-    return size
 
 
 def show_plan(op: Any, plan: Plan, *, as_json: bool) -> None:

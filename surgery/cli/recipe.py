@@ -1,14 +1,20 @@
 """The command that runs recipes."""
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surgery.cli import output
-from surgery.cli.operation import open_source
-from surgery.graph.run import RunOptions
+from surgery.cli.operation import open_source, show_plan
+from surgery.graph.run import RunOptions, check_device
 from surgery.ops.table import load_op
+
+if TYPE_CHECKING:
+    from surgery.graph.op import Op, Plan
+    from surgery.graph.recipe import Step
 
 
 def run(
@@ -18,6 +24,9 @@ def run(
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads for training; recorded.")] = 1,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plans that need no earlier step's result; write nothing.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that surgery made.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
@@ -29,18 +38,24 @@ def run(
 
     Example:  surgery run recipes/graft_digits.yaml -o out/hyena
     """
-    from surgery.graph.recipe import read_recipe, run_recipe
+    from surgery.graph.recipe import plan_recipe, read_recipe, run_recipe
 
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
+    check_device(device)
     options = RunOptions(device=device, threads=threads, overwrite=overwrite, resume=resume, offline=offline)
+    read = read_recipe(recipe)
+    if dry_run:
+        _show(plan_recipe(read, load_op, partial(open_source, offline=offline), options=options), as_json=as_json)
+        return
     with output.Progress() as report:
         results = run_recipe(
-            read_recipe(recipe),
+            read,
             load_op,
-            lambda name: open_source(name, offline=offline),
+            partial(open_source, offline=offline),
             out,
             options=options,
             report=report,
+            notice=_notice,
         )
     if as_json:
         output.data_json(
@@ -51,3 +66,27 @@ def run(
         if result.found:
             output.note(f"{result.path}: already the result of this recipe")
         output.data(str(result.path))
+
+
+def _notice(step: "Step", plan: "Plan") -> None:
+    """Said before the work of a step starts."""
+    for warning in plan.warnings:
+        output.warn(f"step '{step.name}': {warning}")
+
+
+def _show(planned: "Iterable[tuple[Step, Op, Plan | None]]", *, as_json: bool) -> None:
+    rows: list[dict[str, Any]] = []
+    for step, op, plan in planned:
+        row: dict[str, Any] = {"name": step.name, "op": step.op, "from": list(step.sources), "plan": None}
+        if plan is not None:
+            row["plan"] = {**plan.report, "bytes": plan.bytes_report(), "warnings": list(plan.warnings)}
+        rows.append(row)
+        if not as_json:
+            reads = f" from {', '.join(step.sources)}" if step.sources else ""
+            output.data(f"step '{step.name}': {step.op}{reads}")
+            if plan is not None:
+                show_plan(op, plan, as_json=False)
+            else:
+                output.data("planned once the steps that it reads are done")
+    if as_json:
+        output.data_json({"steps": rows})

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from surgery.errors import CheckpointError, ResourceError, UsageError, closest
+from surgery.data.identity import picture_files, split_spec
+from surgery.errors import CheckpointError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's dataset-fashion-mnist puts its files; the variable SURGERY_FASHION names another folder."""
-
-_KINDS = ("digits", "fashion", "folder", "npz", "latents")
-_PICTURES = (".png", ".jpg", ".jpeg")
 
 
 class Split(NamedTuple):
@@ -76,21 +74,15 @@ def load_images(spec: str, *, size: int | None = None, channels: int | None = No
     Files without a split of their own hold out a tenth, at least one. Raises UsageError for a bad `spec` or argument,
     ResourceError when a package that carries the data is not installed, CheckpointError for unusable files.
     """
-    kind, _, path = spec.partition(":")
-    if kind not in _KINDS:
-        raise UsageError("bad-data", f"no image data is called {spec!r}", hint=closest(kind, list(_KINDS)))
-    if (kind in ("digits", "fashion")) == bool(path):
-        example = f"{kind}:PATH" if not path else kind
-        raise UsageError("bad-data", f"{spec!r} is not a complete image data name", hint=f"write {example}")
+    kind, where = split_spec(spec)
     if kind != "folder" and (size is not None or channels is not None):
-        raise UsageError("bad-data", f"a size or channel count can only be asked of folder:PATH, not of {spec!r}")
-    if kind == "digits":
-        return _digits()
-    if kind == "fashion":
-        return _fashion()
-    where = Path(path).expanduser()
-    if not where.exists():
-        raise UsageError("no-data", f"{path} does not exist")
+        raise UsageError(
+            "bad-data",
+            f"a size or channel count can only be asked of folder:PATH, not of {spec!r}",
+            hint="leave out size and channels",
+        )
+    if where is None:
+        return _digits() if kind == "digits" else _fashion()
     if kind == "folder":
         return _folder(where, spec, size, channels)
     return _npz(where, spec) if kind == "npz" else _latents(where, spec)
@@ -105,8 +97,13 @@ def check_fits(images: ImageSet, config: Mapping[str, Any]) -> None:
     for key, have in (("in_channels", channels), ("sample_size", height), ("sample_size", width)):
         want = config.get(key)
         if want is not None and have != want:
+            pictures = key == "in_channels" and want not in (1, 3) and channels in (1, 3)
             raise UsageError(
-                "data-misfit", f"{images.name} is {channels}x{height}x{width}, but the model has {key} {want}"
+                "data-misfit",
+                f"{images.name} is {channels}x{height}x{width}, but the model has {key} {want}",
+                hint="it takes latents: encode the images with its VAE and give latents:PATH"
+                if pictures
+                else "give images of the model's own size; folder:PATH resizes pictures by itself",
             )
     classes = config.get("num_embeds_ada_norm")
     if classes is not None and len(images.labels):
@@ -115,6 +112,7 @@ def check_fits(images: ImageSet, config: Mapping[str, Any]) -> None:
             raise UsageError(
                 "label-range",
                 f"{images.name} has labels {low} to {high}, but the model has {classes} classes (0 to {classes - 1})",
+                hint="number the classes from 0, or leave out those that the model does not know",
             )
 
 
@@ -223,18 +221,9 @@ def _folder(where: Path, spec: str, size: int | None, channels: int | None) -> I
         raise UsageError("bad-size", f"images cannot be resized to {size}")
     if channels not in (None, 1, 3):
         raise UsageError("bad-channels", f"pictures have 1 or 3 channels, not {channels}")
-    if not where.is_dir():
-        raise UsageError("no-data", f"{where} is not a folder")
-    classes = sorted(p for p in where.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        raise CheckpointError("no-classes", f"{where} has no sub-folders: one per class is expected")
-    files, labels = [], []
-    for label, folder in enumerate(classes):
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and p.is_file())
-        if not found:
-            raise CheckpointError("empty-class", f"{folder} holds no PNG or JPEG file")
-        files += found
-        labels += [label] * len(found)
+    classes = picture_files(where)
+    files = [path for found in classes.values() for path in found]
+    labels = [label for label, found in enumerate(classes.values()) for _ in found]
     pictures: list[Image.Image] = []
     for path in files:
         try:

@@ -103,7 +103,8 @@ class Plan:
     """Everything an operation will write, known before a byte is moved.
 
     `report` is what `--dry-run --json` prints (made of JSON values); `config_edits` are (path, old, new); `inputs` are
-    digests of data that is read beside the parents, and part of the node's identity.
+    digests of data that is read beside the parents, and part of the node's identity. `regroup` puts all tensors, kept
+    ones too, into new files of at most so many bytes, in natural order of names.
     """
 
     entries: tuple[Entry, ...]
@@ -114,6 +115,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    regroup: int | None = None
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""
@@ -169,7 +171,8 @@ class Op(Protocol):
 
 
 def op_params(op: type | Any) -> dict[str, tuple[Any, Param, Any]]:
-    """Field name -> (type, Param, default or MISSING) of an operation class, in the order of declaration."""
+    """Field name -> (type, Param, default or MISSING) of an operation class, in the order of declaration. A field that
+    is called like a word of Python ends in "_", and users know it without (`shown_name`)."""
     kind = op if isinstance(op, type) else type(op)
     hints = get_type_hints(kind, include_extras=True)
     found = {}
@@ -191,10 +194,13 @@ def op_params(op: type | Any) -> dict[str, tuple[Any, Param, Any]]:
 def build_op(kind: Any, values: Mapping[str, Any]) -> Any:
     """Make an operation from named values; an unknown or missing one is a `UsageError` naming the nearest known."""
     known = op_params(kind)
+    values = {n + "_" if n not in known and n + "_" in known else n: v for n, v in values.items()}
     for name in values:
         if name not in known:
             raise UsageError(
-                "unknown-parameter", f"{kind.name}: no parameter '{name}'", hint=closest(name, list(known))
+                "unknown-parameter",
+                f"{kind.name}: no parameter '{name}'",
+                hint=closest(name, [shown_name(k) for k in known]),
             )
     missing = [n for n, (_, _, default) in known.items() if default is MISSING and n not in values]
     if missing:
@@ -207,7 +213,12 @@ def build_op(kind: Any, values: Mapping[str, Any]) -> Any:
 
 def resolved_params(op: Op) -> dict[str, Any]:
     """All parameters after defaults, as JSON values; these are hashed and recorded."""
-    return {n: list(v) if isinstance(v := getattr(op, n), tuple) else v for n in op_params(op)}
+    return {shown_name(n): list(v) if isinstance(v := getattr(op, n), tuple) else v for n in op_params(op)}
+
+
+def shown_name(field_name: str) -> str:
+    """What users call a field: `except_` is `except`."""
+    return field_name.rstrip("_")
 
 
 def load_attribute(target: str) -> Any:

@@ -55,7 +55,7 @@ class RunOptions:
     device: str = "cpu"
     threads: int = 1
     workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
-    shard_size: int = 5_000_000_000
+    shard_size: int | None = None  # bytes; None: kept files stay as they are, new ones follow graph.shards
     resume: bool = False
     overwrite: bool = False
     offline: bool = False

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from surgery.errors import UsageError
 from surgery.graph.op import Bytes, Entry, Keep, Plan
 from surgery.store.header import DTYPE_BITS, read_header
 from surgery.store.layout import natural
 from surgery.store.writer import PlannedFile
 
+SHARD_SIZE = 5_000_000_000  # bytes of a new file where nothing else is asked for
 SMALL_PART = 256 << 20  # bytes; a part up to this size is one file however its tensors came to be
 
 
@@ -19,18 +21,27 @@ class Shard:
     entries: tuple[Entry, ...]
 
 
-def plan_shards(plan: Plan, *, key: str, shard_size: int) -> tuple[list[Shard], dict[str, dict[str, str]]]:
+def plan_shards(
+    plan: Plan, *, key: str, shard_size: int | None = None
+) -> tuple[list[Shard], dict[str, dict[str, str]]]:
     """Group the plan's entries into files; returns them and, for each part with several, the weight map of its index.
 
     Kept tensors stay in the grouping of the parent's files, so that an untouched file moves as one range; new tensors
-    get files of their own of at most `shard_size` bytes. Small parts become one file.
+    get files of their own. Small parts become one file. A `shard_size` in bytes holds for every file (a tensor that is
+    larger stands alone); without one it is `SHARD_SIZE` for new tensors, and kept files may be as large as they were.
     """
     shards: list[Shard] = []
     indexes: dict[str, dict[str, str]] = {}
+    by_part: dict[str, list[Entry]] = {p.part: [] for p in plan.parts}
+    for entry in plan.entries:
+        by_part[entry.part].append(entry)
     for part in plan.parts:
-        entries = [e for e in plan.entries if e.part == part.part]
-        if sum(e.nbytes for e in entries) <= min(SMALL_PART, shard_size):
+        entries = by_part[part.part]
+        limit = plan.regroup or shard_size or SHARD_SIZE
+        if sum(e.nbytes for e in entries) <= (limit if plan.regroup else min(SMALL_PART, limit)):
             groups = [sorted(entries, key=lambda e: (-DTYPE_BITS[e.dtype], natural(e.name)))]
+        elif plan.regroup:
+            groups = list(_cut(entries, limit))
         else:
             groups = list(_groups(entries, shard_size))
         prefix = f"{part.part}/" if part.part else ""
@@ -45,29 +56,51 @@ def plan_shards(plan: Plan, *, key: str, shard_size: int) -> tuple[list[Shard], 
     return shards, indexes
 
 
-def _groups(entries: list[Entry], shard_size: int) -> Iterable[list[Entry]]:
+def parse_size(text: str) -> int:
+    """Bytes in "500MB", "5GB", "2GiB" or a plain number. Raises `UsageError` for anything else."""
+    import re
+
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise UsageError("size", f"'{text}' is not a size", hint="write 500MB, 5GB or 2GiB")
+    return size
+
+
+def _groups(entries: list[Entry], shard_size: int | None) -> Iterable[list[Entry]]:
     by_source: dict[str, list[Entry]] = {}
     for entry in entries:
         source = entry.ref.file if isinstance(entry, Keep) else ""
         by_source.setdefault(source, []).append(entry)
     for source in sorted(by_source, key=lambda s: (s == "", natural(s))):
         group = by_source[source]
-        if source:
-            # The parent's order, so that neighbours stay neighbours and one range copy serves many tensors.
-            group.sort(key=lambda e: (-DTYPE_BITS[e.dtype], e.ref.offset if isinstance(e, Keep) else 0))
-            yield group
+        if not source:
+            yield from _cut(group, shard_size or SHARD_SIZE)
             continue
-        group.sort(key=lambda e: natural(e.name))
-        piece: list[Entry] = []
-        size = 0
-        for entry in group:
-            if piece and size + entry.nbytes > shard_size:
-                yield sorted(piece, key=lambda e: -DTYPE_BITS[e.dtype])
-                piece, size = [], 0
-            piece.append(entry)
-            size += entry.nbytes
-        if piece:
+        # A block that is kept twice must not make a file larger than the parent's.
+        once = sum(ref.nbytes for ref in {e.ref for e in group if isinstance(e, Keep)})
+        limit = shard_size or max(SHARD_SIZE, once)
+        pieces = [group] if sum(e.nbytes for e in group) <= limit else _cut(group, limit)
+        for piece in pieces:
+            # The parent's order, so that neighbours stay neighbours and one range copy serves many tensors.
+            yield sorted(piece, key=lambda e: (-DTYPE_BITS[e.dtype], e.ref.offset if isinstance(e, Keep) else 0))
+
+
+def _cut(entries: list[Entry], size: int) -> Iterable[list[Entry]]:
+    """Groups of at most `size` bytes in natural order of names; a larger tensor is a group of its own."""
+    piece: list[Entry] = []
+    filled = 0
+    for entry in sorted(entries, key=lambda e: natural(e.name)):
+        if piece and filled + entry.nbytes > size:
             yield sorted(piece, key=lambda e: -DTYPE_BITS[e.dtype])
+            piece, filled = [], 0
+        piece.append(entry)
+        filled += entry.nbytes
+    if piece:
+        yield sorted(piece, key=lambda e: -DTYPE_BITS[e.dtype])
 
 
 def _file(relative: str, group: list[Entry], key: str) -> PlannedFile:

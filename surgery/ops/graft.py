@@ -6,23 +6,28 @@ config records the graft list; a modeling file beside the weights lets plain dif
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, isfinite, prod
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch import dit
-from surgery.arch.checkpoints import check_tensors, scheduler_config, transformer_part
+from surgery.arch.checkpoints import check_tensors, scheduler_config, scheduler_file, transformer_part
 from surgery.arch.grafts import flops_report, parse_replacements
 from surgery.arch.operators import OPERATORS, modeling_source
 from surgery.arch.sources import Source, byte_ranges
 from surgery.data.identity import data_digest
-from surgery.errors import UsageError
+from surgery.errors import UsageError, closest
 from surgery.graph.op import Bytes, Compute, Entry, Keep, Param, PartNames, Plan, PlanContext, SideFile, Trained
 from surgery.store.checkpoint import Checkpoint, Part, TensorRef
 from surgery.store.layout import read_json
 
-INITS = ("auto", "random", "copy", "distill")
+_INITS = ("auto", "random", "copy", "distill")
+_CAPTURES = ("auto", "cache", "online")
+_FINETUNE_LOSSES = ("diffusion", "distill", "both")
+_REGRESSION_LOSS = re.compile(r"auto|l1|l2|huber(:(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)?")
+_STEM = "diffusion_pytorch_model"  # of weight files that diffusers finds beside a config
 SMALL_MODEL = 20_000_000  # parameters; below this "auto" takes the small settings
 
 # What stage 1 and 2 use when an option is not given. "paper": sections 3.2 and 4.1 of the paper. "small": settings
@@ -116,13 +121,13 @@ class Graft:
         """Kept and new tensors from headers and config alone (paper section 3; costs as in its Tab. 4)."""
         part, config = transformer_part(base)
         kind = dit.family(config, base.name)
+        self._check_values(ctx.seed)
         new = parse_replacements(self.replace, self.layers, config)
-        self._check(base, kind)
+        self._check_data(base, kind)
         check_tensors(base, part, config)
         old = dit.grafts(config, base.name)
         edited = dit.grafted_config(config, new)
         entries, dropped = self._entries(base, part, new, old, dit.Dims.from_config(config))
-        dims = dit.Dims.from_config(config)
         report = {
             "entries": [e.as_json() for e in new],
             "params": {
@@ -130,14 +135,11 @@ class Graft:
                 "after": sum(prod(e.shape) for e in entries if e.part == part.name),
             },
             "flops": flops_report(config, old, dit.grafts(edited), sorted({e.slot for e in new})),
-            "n_tokens": dims.n_tokens,
-            "settings": self.settings(base),
         }
-        if dims.n_tokens < 1024:
-            report["note"] = f"at {dims.n_tokens} tokens the projections dominate; expect no speed-up"
         files, edits = self._files(base, part, edited)
-        inputs = {"data": data_digest(self.data)} if self.data else {}
-        names = tuple(PartNames(p.name, p.base) for p in base.parts.values())
+        inputs = {"data": data_digest(self.data)} if self.data is not None else {}
+        # Whatever the source was called, diffusers looks for its own name beside the config that is written.
+        names = tuple(PartNames(p.name, _STEM if p is part else p.base) for p in base.parts.values())
         return Plan(tuple(entries), names, files, tuple(dropped), edits, self._warnings(new), report, inputs)
 
     def run(self, task: Compute, tensors: list[Any], generator: Any) -> Any:
@@ -145,10 +147,9 @@ class Graft:
         source: Source = task.how
         return source.evaluate(dict(zip(source.sources, tensors, strict=True)), generator)
 
-    def settings(self, base: Checkpoint) -> dict[str, Any]:
-        """All training settings after presets."""
-        part, _ = transformer_part(base)
-        small = sum(prod(ref.shape) for ref in part.tensors.values()) < SMALL_MODEL
+    def settings(self, parameters: int) -> dict[str, Any]:
+        """All training settings of a model of so many parameters, after presets."""
+        small = parameters < SMALL_MODEL
         preset = PRESETS[("small" if small else "paper") if self.preset == "auto" else self.preset]
         own = {name: value if (value := getattr(self, name)) is not None else preset[name] for name in preset}
         if self.epochs is not None and self.steps is None:
@@ -167,7 +168,7 @@ class Graft:
         report = plan.report
         lines = [f"{'block':>5}  slot  operator"]
         for e in report["entries"]:
-            args = ",".join(f"{k}={v}" for k, v in e["args"].items())
+            args = ",".join(f"{k}={str(v).lower()}" for k, v in e["args"].items())
             lines.append(f"{e['block']:>5}  {e['slot']:4}  {e['op']}" + (f":{args}" if args else ""))
         params = report["params"]
         lines.append(f"parameters     {params['before']:>18,} -> {params['after']:>18,}   {_percent(params)}")
@@ -176,15 +177,33 @@ class Graft:
             lines.append(
                 f"FLOPs {kind:8} {pair['before']:>18,} -> {pair['after']:>18,}   {_percent(pair)}   (touched slots)"
             )
-        if "note" in report:
-            lines.append(f"note     {report['note']}")
+        lines += self._stage_lines(self.settings(params["before"]))
+        config = next(f.content for f in plan.files if f.content is not None and f.relative.endswith("config.json"))
+        n_tokens = dit.Dims.from_config(json.loads(config)).n_tokens
+        if n_tokens < 1024:
+            lines.append(f"note     at {n_tokens} tokens the projections dominate; expect no speed-up")
+        return lines
+
+    def _stage_lines(self, settings: Mapping[str, Any]) -> list[str]:
+        s = settings
+        lines = []
+        if self.distils:
+            samples, steps, batch = s["samples"], s["steps"], s["batch"]
+            lines.append(
+                f"stage 1  {samples:,} samples, {steps:,} steps an operator, batch {batch}, learning rate {s['lr']:g}"
+            )
+        if self.finetune_steps:
+            lines.append(
+                f"stage 2  {self.finetune_steps:,} steps, batch {s['finetune_batch']}, learning rate "
+                f"{s['finetune_lr']:g} after {s['warmup']:,}, average {s['ema']:g}"
+            )
         return lines
 
     def summary(self, training: Mapping[str, Any]) -> list[str]:
         """What the training came to, for the reader of a finished run."""
         lines = [
-            f"block {row['block']:>2} {row['slot']:4} {row['op']}: relative error {row['curve'][0]['rel_err']:.3f} at the "
-            f"start, {row['rel_err']:.3f} after stage 1 (step {row['best_step']:,.0f})"
+            f"block {row['block']:>2} {row['slot']:4} {row['op']}: relative error {row['curve'][0]['rel_err']:.3f} at "
+            f"the start, {row['rel_err']:.3f} after stage 1 (step {row['best_step']:,.0f})"
             for row in training.get("stage1", [])
         ]
         if "val_loss" in training:
@@ -192,16 +211,48 @@ class Graft:
             lines.append(f"held-out diffusion loss {now:.4f}; the original's is {before:.4f}")
         return lines
 
-    def _check(self, base: Checkpoint, kind: dit.Family) -> None:
-        if self.init not in INITS:
-            raise UsageError("init", f"--init {self.init}: unknown", hint=f"one of {', '.join(INITS)}")
-        if self.preset not in ("auto", *PRESETS):
-            raise UsageError("preset", f"--preset {self.preset}: unknown", hint="auto, paper or small")
-        if self.finetune_steps < 0:
+    def _check_values(self, seed: int) -> None:
+        """Words and numbers, those of stages that do not run too: a typing error is never passed over."""
+        for name, known in (
+            ("init", _INITS),
+            ("preset", ("auto", *PRESETS)),
+            ("capture", _CAPTURES),
+            ("finetune_loss", _FINETUNE_LOSSES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise UsageError("bad-option", f"{_flag(name)} {value}: unknown", hint=closest(value, list(known)))
+        if _REGRESSION_LOSS.fullmatch(self.loss) is None or not float(self.loss.partition(":")[2] or 1) > 0:
+            raise UsageError("bad-option", f"--loss {self.loss}: unknown", hint="auto, l1, l2, huber or huber:DELTA")
+        ranges = {
+            "1 or more": (("samples", "epochs", "steps", "batch", "finetune_batch"), lambda v: v >= 1),
+            "0 or more": (("finetune_steps", "warmup"), lambda v: v >= 0),
+            "above 0": (("lr", "finetune_lr"), lambda v: isfinite(v) and v > 0),
+            "from 0 to below 1": (("ema",), lambda v: 0 <= v < 1),
+            "from 0 to 1": (("label_dropout",), lambda v: 0 <= v <= 1),
+        }
+        for words, (names, fits) in ranges.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise UsageError(
+                        "bad-option", f"{_flag(name)} {value}: out of range", hint=f"give a number {words}"
+                    )
+        if seed < 0:
+            raise UsageError("bad-option", f"--seed {seed}: out of range", hint="give a number 0 or more")
+        if self.epochs is not None and self.steps is not None:
             raise UsageError(
-                "finetune-steps", f"--finetune-steps {self.finetune_steps}: negative", hint="0 leaves it out"
+                "bad-option", "--epochs and --steps both say how long stage 1 is", hint="give one of the two"
             )
+
+    def _check_data(self, base: Checkpoint, kind: dit.Family) -> None:
         if not self.distils and not self.finetune_steps:
+            if self.data is not None:
+                raise UsageError(
+                    "data-unused",
+                    f"--data {self.data} has no use: --init {self.init} leaves out stage 1, and no --finetune-steps",
+                    hint="leave out --data, or add --finetune-steps, or take --init distill",
+                )
             return
         if self.data is None:
             what = "--init distill" if self.init == "distill" else "--finetune-steps"
@@ -219,10 +270,10 @@ class Graft:
         scheduler_config(base)
 
     def _warnings(self, new: list[dit.Graft]) -> tuple[str, ...]:
-        if self.distils or self.finetune_steps:
-            return ()
-        starts = sorted({f"{e.op}: {self._init_of(e)}" for e in new if (e.op, self._init_of(e)) != ("mha", "copy")})
-        if not starts:
+        # What has no weights cannot be distilled; only stage 2 makes up for it.
+        left = [e for e in new if not self.distils or e.op == "identity-zero"]
+        starts = sorted({f"{e.op}: {self._init_of(e)}" for e in left if (e.op, self._init_of(e)) != ("mha", "copy")})
+        if self.finetune_steps or not starts:
             return ()
         return (
             f"the graft is not repaired yet ({', '.join(starts)} start): --data distils it, --finetune-steps finetunes",
@@ -290,16 +341,19 @@ class Graft:
             (f"{part.config_file}:{k}", part.config.get(k), v) for k, v in edited.items() if part.config.get(k) != v
         ]
         written = {part.config_file: _json(edited), lead + file_name: source}
-        if base.layout == "pipeline":
+        if part.name:
             index = read_json(base.root / "model_index.json")
             value = [file_name.removesuffix(".py"), edited["_class_name"]]
             edits.append((f"model_index.json:{part.name}", index.get(part.name), value))
             written["model_index.json"] = _json({**index, part.name: value})
         stale = f"{lead}modeling_surgery_dit_"
         kept = [n for n in base.side_files if n not in written and not n.startswith(stale)]
-        files = [SideFile(n, source=str(base.root / n)) for n in kept] + [
-            SideFile(n, content=c) for n, c in written.items()
-        ]
+        files = [SideFile(n, source=str(base.root / n)) for n in kept]
+        noise = scheduler_file(base)
+        if noise is not None and not {noise.name, f"scheduler/{noise.name}"} & {*base.side_files}:
+            # One part taken out of a pipeline: without its noise process it could be neither sampled nor trained.
+            files.append(SideFile(noise.name, source=str(noise)))
+        files += [SideFile(n, content=c) for n, c in written.items()]
         return tuple(files), tuple(edits)
 
 
@@ -318,6 +372,10 @@ def _entry(
             pieces.append((ref, start * row, ref.nbytes if stop is None else stop * row))
         return Bytes(part=part, name=name, dtype=dtype, shape=shape, pieces=tuple(pieces))
     return Compute(part=part, name=name, dtype=dtype, shape=shape, how=source, refs=tuple(used), random=source.random)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _percent(pair: Mapping[str, int]) -> str:

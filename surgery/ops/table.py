@@ -9,6 +9,11 @@ from surgery.graph.op import load_attribute
 OPS: Mapping[str, str] = {
     "init": "surgery.ops.init:Init",
     "graft": "surgery.ops.graft:Graft",
+    "cast": "surgery.ops.cast:Cast",
+    "rename": "surgery.ops.rename:Rename",
+    "slice": "surgery.ops.slice:Slice",
+    "extract": "surgery.ops.extract:Extract",
+    "reshard": "surgery.ops.reshard:Reshard",
     "train-diffusion": "surgery.ops.train_diffusion:TrainDiffusion",
     "train-classifier": "surgery.ops.train_classifier:TrainClassifier",
 }

@@ -297,7 +297,10 @@ def _check_index(part: PartLayout, in_file: Mapping[str, str], shown: str) -> No
 def _pickle_ref(name: str, tensor: "torch.Tensor", path: str) -> TensorRef:
     from surgery.store.dtypes import name_of
 
-    dtype = name_of(tensor.dtype)
+    try:
+        dtype = name_of(tensor.dtype)
+    except CheckpointError as err:
+        raise CheckpointError("unknown-dtype", f"{path}: '{printable(name)}': {err.message}", hint=err.hint) from None
     return TensorRef(name, dtype, tuple(tensor.shape), path, -1, nbytes_of(dtype, tuple(tensor.shape)))
 
 

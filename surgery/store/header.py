@@ -100,7 +100,7 @@ def parse_header(raw: bytes, *, file_size: int, shown: str) -> Header:
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _bad(shown, "malformed", "__metadata__ must map strings to strings")
-    if not all(map(_is_unicode, (*metadata.keys(), *metadata.values()))):
+    if not all(map(is_unicode, (*metadata.keys(), *metadata.values()))):
         _bad(shown, "malformed", "__metadata__ holds a lone surrogate, which is no text")
     rows = []
     for name, row in document.items():
@@ -126,7 +126,7 @@ def _row(name: str, row: Any, shown: str) -> tuple[TensorSpec, list[str]]:
     label = printable(name)
     if not name:
         _bad(shown, "malformed", "a tensor has an empty name")
-    if not _is_unicode(name):
+    if not is_unicode(name):
         _bad(shown, "malformed", f"the name '{label}' holds a lone surrogate, which is no text")
     if not isinstance(row, dict):
         _bad(shown, "malformed", f"'{label}' is not an object")
@@ -206,7 +206,7 @@ def _what_repeats(document: Any, key: str) -> str:
     return f"'{printable(key)}' appears twice in one object of the header"
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False for lone surrogates: JSON can spell them, UTF-8 and the reference library cannot."""
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
@@ -225,13 +225,13 @@ def plan_header(
     """The header bytes of a file that will hold `tensors` (name, dtype, shape) in that order.
 
     Returns the bytes (length prefix included, padded with spaces to a multiple of 8) and each tensor's
-    (file offset, byte count). Raises ValueError when a name stands twice: a fault of the caller.
+    (file offset, byte count). Raises ValueError when a name stands twice or is none: a fault of the caller.
     """
     document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
-        if name in document or name == "__metadata__":
-            raise ValueError(f"{name} stands twice or is reserved")
+        if not name or name in document or name == "__metadata__":
+            raise ValueError(f"'{name}' stands twice, is empty or is reserved")
         size = nbytes_of(dtype, shape)
         document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size

@@ -100,7 +100,8 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     from re import split
 
     pieces = [piece.lstrip("0") if piece[0] in "0123456789" else piece for piece in split(r"([0-9]+)", name) if piece]
-    return [(0, len(p), p) if not p or p[0] in "0123456789" else (1, 0, p) for p in pieces]
+    keys = [(0, len(p), p) if not p or p[0] in "0123456789" else (1, 0, p) for p in pieces]
+    return [*keys, (-1, 0, name)]  # "1" and "01" are different names: no order may depend on where they came from
 
 
 def safe_relative(name: object) -> bool:

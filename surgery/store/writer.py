@@ -102,8 +102,9 @@ class Workspace:
 
     def _leave(self) -> None:
         # Keep what a resume could use; an error of ours before any work was done leaves nothing behind.
-        if self._lock is not None and self.folder.is_dir() and not self._worth_keeping():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            if self._lock is not None and self.folder.is_dir() and not self._worth_keeping():
+                shutil.rmtree(self.folder)
         self._drop_lock()
 
     @property
@@ -114,11 +115,9 @@ class Workspace:
         return path
 
     def check_space(self, size: int) -> None:
-        """Raise `ResourceError` when `size` bytes do not fit beside the target."""
+        """Raise `ResourceError` when `size` bytes do not fit beside the target; what a resumed run holds counts."""
         stat = os.statvfs(self.folder)
-        held = sum(
-            f.stat().st_blocks * 512 for f in (self.folder / "out").rglob("*") if f.is_file()
-        )  # of a resumed run
+        held = sum(f.stat().st_blocks * 512 for f in (self.folder / "out").rglob("*") if f.is_file())
         have = stat.f_bavail * stat.f_frsize + held
         if size > have:
             raise ResourceError(

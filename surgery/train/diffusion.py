@@ -7,7 +7,7 @@ from surgery.arch.diffusion import NoiseSchedule
 from surgery.graph.op import Plan, TrainContext, TrainResult
 from surgery.store.checkpoint import Checkpoint
 from surgery.train.finetune import FinetuneSettings, finetune
-from surgery.train.graft import images_for
+from surgery.train.graft import images_for, refuse_non_finite
 
 if TYPE_CHECKING:
     from surgery.ops.train_diffusion import TrainDiffusion
@@ -38,6 +38,7 @@ def train(op: "TrainDiffusion", ctx: TrainContext, plan: Plan, base: Checkpoint)
         report=ctx.report,
         resume_folder=ctx.scratch / "train",
     )
+    refuse_non_finite(result.ema, result.val, "lower the learning rate or raise the warm-up")
     lead = f"{part.name}/" if part.name else ""
     curve = [
         {k: h[k] for k in ("step", "loss", "val") if k in h}

@@ -3,6 +3,7 @@
 Called by the executor for an operation whose plan holds trained tensors; returns them all, and a record of losses.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from surgery.arch.diffusion import NoiseSchedule, heldout_loss
 from surgery.arch.grafts import parse_replacements
 from surgery.arch.operators import OPERATORS
 from surgery.data.images import ImageSet, check_fits, load_images
+from surgery.errors import NonFiniteLoss, UsageError
 from surgery.graph.op import Plan, TrainContext, Trained, TrainResult
 from surgery.store.checkpoint import Checkpoint
 from surgery.train.capture import Tap
@@ -30,15 +32,19 @@ _GATES = {"attn": 1, "mlp": 4}  # place of gate_a and gate_m among the outputs o
 
 
 def train(op: "Graft", ctx: TrainContext, plan: Plan, base: Checkpoint) -> TrainResult:
-    """Carry out the stages that `op` asks for. `plan.report["settings"]` holds the settings after presets."""
+    """Carry out the stages that `op` asks for; the record holds the settings after presets.
+
+    Raises what the stages raise, and `NonFiniteLoss` when the result's held-out loss or weights are not finite.
+    """
     part, config = transformer_part(base)
-    settings: Mapping[str, Any] = plan.report["settings"]
+    settings = op.settings(plan.report["params"]["before"])
     images = images_for(str(op.data), config)
     schedule = NoiseSchedule.from_config(scheduler_config(base))
     teacher = load_model(base).float().to(ctx.device)
     entries = parse_replacements(op.replace, op.layers, config)
     operators = _start(op, base, entries, config, ctx.seed)
     record: dict[str, Any] = {"data": images.name, "data_digest": images.digest, "images": len(images.train.images)}
+    record["settings"] = settings
     if op.distils:
         operators = _stage1(op, ctx, entries, operators, teacher, images, schedule, settings, record)
     state = {n: t for n, t in teacher.state_dict().items() if not _replaced(n, entries)}
@@ -55,15 +61,32 @@ def train(op: "Graft", ctx: TrainContext, plan: Plan, base: Checkpoint) -> Train
     if len(x_val):
         record["val_loss"] = heldout_loss(student, schedule, x_val[:1024], y_val[:1024], seed=0)[0]
         record["val_loss_original"] = heldout_loss(teacher, schedule, x_val[:1024], y_val[:1024], seed=0)[0]
+    refuse_non_finite(state, record.get("val_loss"), "lower the learning rate of the last stage")
     lead = f"{part.name}/" if part.name else ""
     wanted = {e.name for e in plan.entries if isinstance(e, Trained)}
     return TrainResult({lead + n: t.detach().cpu() for n, t in state.items() if n in wanted}, record)
 
 
+def refuse_non_finite(state: Mapping[str, Tensor], loss: float | None, hint: str) -> None:
+    """Raise `NonFiniteLoss` for weights that no step has seen fail: those after the last one."""
+    if loss is not None and not math.isfinite(loss):
+        raise NonFiniteLoss("non-finite-loss", f"the held-out loss after the last step is {loss}", hint=hint)
+    bad = next((n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)
+    if bad is not None:
+        raise NonFiniteLoss("non-finite-weights", f"after the last step '{bad}' holds NaN or infinity", hint=hint)
+
+
 def images_for(spec: str, config: Mapping[str, Any]) -> ImageSet:
     """The images that `spec` names, made to fit the model where they can be; raises UsageError where they cannot."""
+    channels = config.get("in_channels")
+    if spec.startswith("folder:") and channels not in (1, 3):
+        raise UsageError(
+            "data-misfit",
+            f"{spec}: pictures have 1 or 3 channels, and the model takes latents of {channels}",
+            hint="encode the images with its VAE and give latents:PATH",
+        )
     if spec.startswith("folder:"):
-        images = load_images(spec, size=config.get("sample_size"), channels=config.get("in_channels"))
+        images = load_images(spec, size=config.get("sample_size"), channels=channels)
     else:
         images = load_images(spec)
     check_fits(images, config)
@@ -177,7 +200,7 @@ def _stage2(
             label_dropout=op.label_dropout,
             seed=ctx.seed,
             loss=op.finetune_loss,
-            val_every=max(1, op.finetune_steps // 10),
+            val_every=max(1, op.finetune_steps // 5),
             save_every=max(1, op.finetune_steps // 10),
         ),
         teacher=teacher if op.finetune_loss != "diffusion" else None,

@@ -1,0 +1,68 @@
+"""What an edit carries over unchanged around the tensors it touches: part names, configs, tokenizers, every side file.
+
+Standard library only; no operation and no model is known here.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from surgery.graph.op import Entry, Keep, PartNames, SideFile
+from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.layout import BASES
+
+_LOADED = {"pytorch_model": "model"}  # loaders look for model.safetensors beside a config, whatever a .bin was called
+
+
+def part_names(base: Checkpoint) -> tuple[PartNames, ...]:
+    """The parts of an output that has the parts of `base`; a lone file becomes a folder with model.safetensors."""
+    return tuple(PartNames(p.name, output_base(base, p)) for p in base.parts.values())
+
+
+def output_base(base: Checkpoint, part: Part) -> str:
+    """The stem of the weight files of `part` in an output folder, one that loaders (and we) recognise there."""
+    stem = _LOADED.get(part.base, part.base)
+    return stem if base.layout != "file" or stem in BASES else "model"
+
+
+def kept(part: Part, name: str, ref: TensorRef, *, into: str | None = None) -> Keep:
+    """`ref` unchanged under `name`, in its own part or `into` another."""
+    return Keep(part=part.name if into is None else into, name=name, dtype=ref.dtype, shape=ref.shape, ref=ref)
+
+
+def keep_all(base: Checkpoint, *, but: Part | None = None) -> Iterator[Entry]:
+    """Every tensor of every part as it is, without those of the part `but`."""
+    for part in base.parts.values():
+        if part is not but:
+            for name, ref in part.tensors.items():
+                yield kept(part, name, ref)
+
+
+def full_name(part: Part, name: str) -> str:
+    """The name that users see: `part/name` in a pipeline."""
+    return f"{part.name}/{name}" if part.name else name
+
+
+def side_files(base: Checkpoint, edited: Mapping[str, Any] | None = None) -> tuple[SideFile, ...]:
+    """All side files of `base` at their places; those in `edited` (relative path -> JSON value) get new content."""
+    edited = edited or {}
+    files = [SideFile(n, source=str(base.root / n)) for n in base.side_files if n not in edited]
+    return tuple(files) + tuple(SideFile(n, content=json_bytes(value)) for n, value in edited.items())
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON side file as Hugging Face libraries write it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def config_edits(file: str, before: Any, after: Any) -> tuple[tuple[str, Any, Any], ...]:
+    """(file:path.to.key, old, new) for every value that differs; objects are followed, lists are one value."""
+    return tuple((f"{file}:{'.'.join(path)}", old, new) for path, old, new in _differences(before, after, ()))
+
+
+def _differences(before: Any, after: Any, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys((*before, *after)):
+            yield from _differences(before.get(key), after.get(key), (*at, str(key)))
+    elif before != after:
+        yield at, before, after
