@@ -41,6 +41,12 @@ class Mismatch(SurgeryError):
     prefix = "verify"
 
 
+class Different(Mismatch):
+    """Two checkpoints that were compared differ (exit 1)."""
+
+    prefix = "diff"
+
+
 class UsageError(SurgeryError):
     """The request itself is wrong: option, range, recipe key (exit 2)."""
 
@@ -112,6 +118,9 @@ def printable(text: str, *, limit: int = 200) -> str:
 
     Names of tensors and files come from strangers; an escape sequence in one must not reach a terminal.
     """
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text  # headers of a hundred thousand names come through here
+
     import unicodedata
 
     safe = "".join(

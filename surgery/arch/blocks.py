@@ -7,6 +7,7 @@ library only; no architecture is known by name, but for what keys mean.
 """
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ _POSITIONAL = (
     "deepstack_visual_indexes", "vision_feature_layer", "num_kv_shared_layers", "num_nextn_predict_layers",
 )  # fmt: skip
 
+_NUMBER = re.compile(r"(0|[1-9][0-9]{0,8})\.")
+_FIRST_NUMBER = re.compile(r"(?:^|(?<=\.))" + _NUMBER.pattern)
+
 
 @dataclass(frozen=True)
 class BlockList:
@@ -59,8 +63,8 @@ def split_block(name: str, prefix: str) -> tuple[int, str] | None:
     """("model.layers.3.mlp.up.weight", "model.layers.") -> (3, "mlp.up.weight"); None for a name outside the list."""
     if not name.startswith(prefix):
         return None
-    number, dot, rest = name[len(prefix) :].partition(".")
-    return (int(number), rest) if dot and rest and _is_number(number) else None
+    match = _NUMBER.match(name, len(prefix))
+    return (int(match[1]), name[match.end() :]) if match and match.end() < len(name) else None
 
 
 def block_lists(names: Iterable[str]) -> list[BlockList]:
@@ -68,12 +72,11 @@ def block_lists(names: Iterable[str]) -> list[BlockList]:
     modules, are not listed."""
     found: dict[str, dict[int, bool]] = {}
     for name in names:
-        pieces = name.split(".")
-        at = next((i for i, piece in enumerate(pieces[:-1]) if _is_number(piece)), None)
-        if at is not None:
-            deep = len(pieces) - at > 2
-            numbers = found.setdefault("".join(p + "." for p in pieces[:at]), {})
-            numbers[int(pieces[at])] = numbers.get(int(pieces[at]), False) or deep
+        match = _FIRST_NUMBER.search(name)
+        if match:
+            numbers = found.setdefault(name[: match.start(1)], {})
+            number = int(match[1])
+            numbers[number] = numbers.get(number, False) or "." in name[match.end() :]
     lists = []
     for prefix, numbers in sorted(found.items()):
         count = max(numbers) + 1
@@ -254,7 +257,3 @@ def _at(config: Any, path: Iterable[str]) -> Any:
 
 def _shown(path: Sequence[str]) -> str:
     return ".".join(path)
-
-
-def _is_number(piece: str) -> bool:
-    return piece.isascii() and piece.isdecimal() and (piece == "0" or piece[0] != "0") and len(piece) < 10

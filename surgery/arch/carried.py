@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from surgery.graph.diff import json_differences
 from surgery.graph.op import Entry, Keep, PartNames, SideFile
 from surgery.store.checkpoint import Checkpoint, Part, TensorRef
 from surgery.store.layout import BASES
@@ -57,12 +58,4 @@ def json_bytes(value: Any) -> bytes:
 
 def config_edits(file: str, before: Any, after: Any) -> tuple[tuple[str, Any, Any], ...]:
     """(file:path.to.key, old, new) for every value that differs; objects are followed, lists are one value."""
-    return tuple((f"{file}:{'.'.join(path)}", old, new) for path, old, new in _differences(before, after, ()))
-
-
-def _differences(before: Any, after: Any, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for key in dict.fromkeys((*before, *after)):
-            yield from _differences(before.get(key), after.get(key), (*at, str(key)))
-    elif before != after:
-        yield at, before, after
+    return tuple((f"{file}:{'.'.join(path)}", old, new) for path, old, new in json_differences(before, after))

@@ -51,12 +51,16 @@ class ClassifierConfig:
         if given != names:
             wrong = sorted(given ^ names)[0]
             how = "missing" if wrong in names else "unknown"
-            raise CheckpointError("classifier-config", f"{where}: key {wrong!r} is {how}")
+            raise CheckpointError(
+                "classifier-config", f"{where}: key {wrong!r} is {how}", hint="train it again: surgery train classifier"
+            )
         for name, (low, high) in _BOUNDS.items():
             value = config[name]
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise CheckpointError(
-                    "classifier-config", f"{where}: {name} is {value!r}, not a number {low} to {high}"
+                    "classifier-config",
+                    f"{where}: {name} is {value!r}, not a number {low} to {high}",
+                    hint="train it again: surgery train classifier",
                 )
         return cls(**{name: config[name] for name in names})
 

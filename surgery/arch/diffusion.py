@@ -46,14 +46,22 @@ class NoiseSchedule:
         steps = config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1_000_000:
-            raise CheckpointError("bad-schedule", f"num_train_timesteps is {steps!r} in the scheduler configuration")
+            raise CheckpointError(
+                "bad-schedule",
+                f"num_train_timesteps is {steps!r} in the scheduler configuration",
+                hint="restore the scheduler config, or fetch it again",
+            )
         if name not in _BETAS:
             raise CheckpointError(
                 "bad-schedule", f"beta_schedule {name!r} is not supported", hint=closest(name, list(_BETAS))
             )
         for key in ("trained_betas", "rescale_betas_zero_snr"):
             if config.get(key):
-                raise CheckpointError("bad-schedule", f"the scheduler configuration sets {key}, which is not supported")
+                raise CheckpointError(
+                    "bad-schedule",
+                    f"the scheduler configuration sets {key}, which is not supported",
+                    hint="train and sample such a model with its own pipeline",
+                )
         if name == "squaredcos_cap_v2":
             edges = torch.arange(steps + 1, dtype=torch.float64) / steps
             level = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -62,7 +70,9 @@ class NoiseSchedule:
             good = all(isinstance(b, int | float) and not isinstance(b, bool) for b in (start, end))
             if not good or not 0 < start <= end < 1:
                 raise CheckpointError(
-                    "bad-schedule", f"beta_start {start!r} and beta_end {end!r} need 0 < start <= end < 1"
+                    "bad-schedule",
+                    f"beta_start {start!r} and beta_end {end!r} need 0 < start <= end < 1",
+                    hint="restore the scheduler config, or fetch it again",
                 )
             if name == "linear":
                 betas = torch.linspace(start, end, steps, dtype=torch.float64)

@@ -103,7 +103,9 @@ def family(config: Mapping[str, Any], where: str = "config.json") -> Family:
         )
     if norm_type not in ("", _NORM_TYPES[stock]):
         raise CheckpointError(
-            "bad-config", f"{where}: {stock} needs norm_type {_NORM_TYPES[stock]!r}, not {config['norm_type']!r}"
+            "bad-config",
+            f"{where}: {stock} needs norm_type {_NORM_TYPES[stock]!r}, not {config['norm_type']!r}",
+            hint="leave norm_type out, or give it that value",
         )
     return Family(
         name="dit" if stock.startswith("DiT") else "pixart",
@@ -177,11 +179,16 @@ def _complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
             expected = "a whole number above 0"
         if not fits:
-            raise CheckpointError("bad-config", f"{where}: {key} must be {expected}, not {value!r}")
+            raise CheckpointError(
+                "bad-config",
+                f"{where}: {key} must be {expected}, not {value!r}",
+                hint="the config is damaged or of another model; fetch it again",
+            )
     if fields["sample_size"] % fields["patch_size"]:
         raise CheckpointError(
             "bad-config",
             f"{where}: sample_size {fields['sample_size']} is no multiple of patch_size {fields['patch_size']}",
+            hint="one of the two was changed by hand",
         )
     if kind == "pixart" and fields["use_additional_conditions"] is None:
         fields["use_additional_conditions"] = fields["sample_size"] == 128
@@ -227,14 +234,22 @@ def grafts(config: Mapping[str, Any], where: str = "config.json") -> tuple[Graft
             ) from wrong
         except (KeyError, TypeError, AttributeError) as wrong:
             raise CheckpointError(
-                "bad-graft", f"{where}: surgery_grafts has the entry {entry!r} instead of block, slot, op and args"
+                "bad-graft",
+                f"{where}: surgery_grafts has the entry {entry!r} instead of block, slot, op and args",
+                hint="restore config.json, or graft the original again",
             ) from wrong
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < dims.n_layers:
             raise CheckpointError(
-                "bad-graft", f"{where}: surgery_grafts names block {block!r}; the model has 0-{dims.n_layers - 1}"
+                "bad-graft",
+                f"{where}: surgery_grafts names block {block!r}; the model has 0-{dims.n_layers - 1}",
+                hint="restore config.json, or graft the original again",
             )
         if (block, slot) in found:
-            raise CheckpointError("bad-graft", f"{where}: surgery_grafts fills {slot} of block {block} twice")
+            raise CheckpointError(
+                "bad-graft",
+                f"{where}: surgery_grafts fills {slot} of block {block} twice",
+                hint="restore config.json, or graft the original again",
+            )
         found[block, slot] = Graft(block, slot, spec.name, args)
     return tuple(sorted(found.values(), key=_graft_order))
 
@@ -345,7 +360,11 @@ def tensor_shapes(config: Mapping[str, Any], where: str = "config.json") -> dict
         shapes |= _two_linears("adaln_single.emb.timestep_embedder", dim, _TIME_CHANNELS)
         if fields["use_additional_conditions"]:
             if dim % 3:
-                raise CheckpointError("bad-config", f"{where}: size conditions need a width divisible by 3, not {dim}")
+                raise CheckpointError(
+                    "bad-config",
+                    f"{where}: size conditions need a width divisible by 3, not {dim}",
+                    hint="set use_additional_conditions to false",
+                )
             for part in ("resolution", "aspect_ratio"):
                 shapes |= _two_linears(f"adaln_single.emb.{part}_embedder", dim // 3, _TIME_CHANNELS)
         if fields["caption_channels"] is not None:

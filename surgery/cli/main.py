@@ -2,14 +2,17 @@
 
 import io
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from surgery import __version__
 from surgery.cli import output
@@ -56,10 +59,54 @@ _WIDE = {"max_content_width": 110}
 _EPILOG = "Start with: surgery demo.  Every command explains itself: surgery graft --help."
 
 
+def _read_plainly(params: list[Any]) -> list[Any]:
+    """Let plain values of options be read without pydantic, which Typer imports for the first one (0.2 s a start).
+    Whatever is not plain, wrong values included, goes the long way."""
+    for param in params:
+        slow = getattr(param, "get_runtime_param", None)
+        if slow is not None and "get_runtime_param" not in vars(param):
+            param.get_runtime_param = partial(_Plain, slow)
+    return params
+
+
+class _Plain:
+    """Stands where Typer keeps the object that turns text into values."""
+
+    def __init__(self, slow: Any) -> None:
+        self._slow = slow
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        kind, info = param.type_descriptor.annotation, param.type_descriptor.parameter_info
+        many = getattr(param, "multiple", False) or param.nargs != 1
+        if value is None and not many:
+            return None
+        if kind is str and isinstance(value, str) and info.parser is None:
+            return value
+        if kind is float and isinstance(value, float) and info.min is None and info.max is None:
+            return value  # a default; text goes the long way
+        if kind == list[str] and isinstance(value, tuple | list) and all(isinstance(v, str) for v in value):
+            return list(value)
+        if kind is Path and isinstance(value, str | Path) and not (info.exists or info.resolve_path or info.writable):
+            return Path(value)
+        if kind is int and (isinstance(value, int) or (isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value))):
+            number = int(value)
+            if (info.min is None or number >= info.min) and (info.max is None or number <= info.max):
+                return number
+        return self._slow().coerce(value, param=param, ctx=ctx)
+
+
+class _PlainCommand(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _read_plainly(super().get_params(ctx))
+
+
 class LazyGroup(TyperGroup):
     """A group whose commands are imported when they are called, not when help is shown."""
 
     table: Mapping[str, tuple[str, str]] = {}
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _read_plainly(super().get_params(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.table) + ([g for g in GROUPS] if self.table is COMMANDS else [])
@@ -121,7 +168,11 @@ def _load(name: str, target: str, summary: str) -> Any:
         function = load_attribute(target)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(
-        name=name, help=_help(function.__doc__ or summary), no_args_is_help=name != "demo", context_settings=_WIDE
+        name=name,
+        cls=_PlainCommand,
+        help=_help(function.__doc__ or summary),
+        no_args_is_help=name != "demo",
+        context_settings=_WIDE,
     )(function)
     command = typer.main.get_command(app)
     command.name = name
@@ -176,6 +227,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="surrogateescape" if plain else "backslashreplace")
     try:
         status = app(standalone_mode=False, prog_name="surgery")
+        if status == 130:  # the option parser caught the interrupt and says so by this number
+            _interrupted()
         output.leave(status if isinstance(status, int) else 0)
     except SurgeryError as err:
         if os.environ.get("SURGERY_DEBUG"):

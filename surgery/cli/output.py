@@ -5,9 +5,9 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from surgery.errors import SurgeryError, printable
+from surgery.errors import OutputError, SurgeryError, printable
 
 _LINE_BREAKS_KEPT = str.maketrans({c: f"\\x{c:02x}" for c in (*range(10), *range(11, 32), 127, *range(0x80, 0xA0))})
 
@@ -21,8 +21,7 @@ class Talk:
 
 def data(text: str) -> None:
     """One line (or block) of the result, on stdout."""
-    sys.stdout.write(text.translate(_LINE_BREAKS_KEPT) + "\n")
-    sys.stdout.flush()
+    _write(sys.stdout, text.translate(_LINE_BREAKS_KEPT) + "\n")
 
 
 def data_json(value: Any) -> None:
@@ -33,21 +32,20 @@ def data_json(value: Any) -> None:
 def note(text: str) -> None:
     """Talk on stderr; silenced by -q."""
     if not Talk.quiet:
-        sys.stderr.write(text.translate(_LINE_BREAKS_KEPT) + "\n")
-        sys.stderr.flush()
+        _write(sys.stderr, text.translate(_LINE_BREAKS_KEPT) + "\n")
 
 
 def warn(text: str) -> None:
     """A warning on stderr, never silenced."""
-    sys.stderr.write(f"{_paint('warning', '33;1')}: {text.translate(_LINE_BREAKS_KEPT)}\n")
+    _write(sys.stderr, f"{_paint('warning', '33;1')}: {text.translate(_LINE_BREAKS_KEPT)}\n")
 
 
 def error(err: SurgeryError) -> None:
     """An error of ours: one line, and one for the hint."""
     message = " ".join(err.message.translate(_LINE_BREAKS_KEPT).split("\n"))
-    sys.stderr.write(f"{_paint(f'error[{err.code}]', '31;1')}: {message}\n")
+    _write(sys.stderr, f"{_paint(f'error[{err.code}]', '31;1')}: {message}\n")
     if err.hint:
-        sys.stderr.write(f"{_paint('hint', '36')}: {err.hint.translate(_LINE_BREAKS_KEPT)}\n")
+        _write(sys.stderr, f"{_paint('hint', '36')}: {err.hint.translate(_LINE_BREAKS_KEPT)}\n")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bool = False) -> None:
@@ -71,10 +69,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bo
         Console(file=stream).print(drawn)
         return
     widths = [max(len(r[i]) for r in [list(header), *cells]) for i in range(len(header))]
+    lines = []
     for row in [list(header), *cells]:
         padded = (c.rjust(w) if is_right else c.ljust(w) for c, w, is_right in zip(row, widths, right, strict=True))
-        stream.write("  ".join(padded).rstrip() + "\n")
-    stream.flush()
+        lines.append("  ".join(padded).rstrip() + "\n")
+    _write(stream, "".join(lines))
 
 
 def count(n: float, unit: str = "") -> str:
@@ -139,12 +138,24 @@ class Progress:
         self._live.update(self._bars[event], completed=done, total=total, extra=extra)
 
 
+def _write(stream: TextIO, text: str) -> None:
+    """Write and flush; a reader that went away ends the process here, since the option parser would call it exit 1."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        leave(141)
+    except OSError as err:
+        if stream is sys.stdout:
+            raise OutputError("not-writable", f"standard output: {err.strerror}", hint="free some space") from None
+
+
 def leave(status: int) -> NoReturn:
-    """End the process with both streams flushed; a closed pipe is not an error."""
+    """End the process with both streams flushed; what cannot be said any more is not an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 

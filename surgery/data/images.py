@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's dataset-fashion-mnist puts its files; the variable SURGERY_FASHION names another folder."""
 
+_AGAIN = "install dataset-fashion-mnist again"
+
 
 class Split(NamedTuple):
     """One part of a set: float32 [n, C, H, W] and int64 [n]."""
@@ -131,12 +133,16 @@ def _build(
 
     n = len(images)
     if n < 2:
-        raise CheckpointError("too-few-images", f"{name} holds {n} image(s); at least 2 are needed")
+        raise CheckpointError(
+            "too-few-images", f"{name} holds {n} image(s); at least 2 are needed", hint="one of them is held out"
+        )
     if val_rows is None:
         val_rows = _held_out(n, max(1, n // 10))
     images, labels = images.to(torch.float32).contiguous(), labels.to(torch.int64).contiguous()
     if not bool(torch.isfinite(images).all()):
-        raise CheckpointError("non-finite-images", f"{name} holds values that are not finite")
+        raise CheckpointError(
+            "non-finite-images", f"{name} holds values that are not finite", hint="make the file again"
+        )
     digest = hashlib.sha256(f"{tuple(images.shape)}/{n_classes}".encode())
     for tensor in (images, labels, val_rows):
         digest.update(tensor.numpy().data)
@@ -168,13 +174,15 @@ def _fashion() -> ImageSet:
         pixels = _idx(folder / f"{part}-images-idx3-ubyte.gz", dims=3)
         classes = _idx(folder / f"{part}-labels-idx1-ubyte.gz", dims=1)
         if len(pixels) != len(classes) or pixels.shape[1:] != (28, 28):
-            raise CheckpointError("bad-idx", f"{folder} holds {pixels.shape} {part} images and {len(classes)} labels")
+            raise CheckpointError(
+                "bad-idx", f"{folder} holds {pixels.shape} {part} images and {len(classes)} labels", hint=_AGAIN
+            )
         parts.append((torch.from_numpy(pixels), torch.from_numpy(classes)))
     (train_x, train_y), (val_x, val_y) = parts
     images = torch.cat([train_x, val_x])[:, None].to(torch.float32) / 127.5 - 1
     labels = torch.cat([train_y, val_y]).to(torch.int64)
     if int(labels.max()) > 9:
-        raise CheckpointError("bad-idx", f"{folder} holds a label above 9")
+        raise CheckpointError("bad-idx", f"{folder} holds a label above 9", hint=_AGAIN)
     val_rows = torch.arange(len(train_x), len(images))
     return _build("fashion", pad(images, (2, 2, 2, 2), value=-1.0), labels, n_classes=10, val_rows=val_rows)
 
@@ -195,17 +203,17 @@ def _idx(path: Path, *, dims: int) -> "np.ndarray":
         with gzip.open(path) as handle:
             raw = handle.read()
     except (OSError, EOFError) as error:
-        raise CheckpointError("bad-idx", f"{path} cannot be read: {error}") from error
+        raise CheckpointError("bad-idx", f"{path} cannot be read: {error}", hint=_AGAIN) from error
     head = 4 + 4 * dims
     # Magic: two zero bytes, 8 for unsigned bytes, the number of dimensions; then the sizes, big-endian.
     if len(raw) < head or raw[:4] != bytes([0, 0, 8, dims]):
-        raise CheckpointError("bad-idx", f"{path} is not an idx file of bytes with {dims} dimensions")
+        raise CheckpointError("bad-idx", f"{path} is not an idx file of bytes with {dims} dimensions", hint=_AGAIN)
     shape = struct.unpack(f">{dims}I", raw[4:head])
     size = 1
     for length in shape:
         size *= length
     if len(raw) - head != size:
-        raise CheckpointError("bad-idx", f"{path} holds {len(raw) - head} values, its header says {shape}")
+        raise CheckpointError("bad-idx", f"{path} holds {len(raw) - head} values, its header says {shape}", hint=_AGAIN)
     return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape).copy()
 
 
@@ -218,9 +226,11 @@ def _folder(where: Path, spec: str, size: int | None, channels: int | None) -> I
     except ImportError as error:
         raise ResourceError("no-package", "reading pictures needs pillow", hint="pip install pillow") from error
     if size is not None and size < 1:
-        raise UsageError("bad-size", f"images cannot be resized to {size}")
+        raise UsageError("bad-size", f"images cannot be resized to {size}", hint="give a size of at least 1")
     if channels not in (None, 1, 3):
-        raise UsageError("bad-channels", f"pictures have 1 or 3 channels, not {channels}")
+        raise UsageError(
+            "bad-channels", f"pictures have 1 or 3 channels, not {channels}", hint="latents are given as latents:PATH"
+        )
     classes = picture_files(where)
     files = [path for found in classes.values() for path in found]
     labels = [label for label, found in enumerate(classes.values()) for _ in found]
@@ -232,7 +242,9 @@ def _folder(where: Path, spec: str, size: int | None, channels: int | None) -> I
                 grey = opened.mode in ("1", "L", "LA")
                 picture = opened.convert("L" if grey else "RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise CheckpointError("bad-picture", f"{path} cannot be read as an image: {error}") from error
+            raise CheckpointError(
+                "bad-picture", f"{path} cannot be read as an image: {error}", hint="remove the file or save it again"
+            ) from error
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, top, left + side, top + side))
@@ -265,11 +277,15 @@ def _arrays(where: Path, names: tuple[str, ...]) -> dict[str, "np.ndarray"]:
     try:
         opened = np.load(where, allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
-            raise CheckpointError("bad-npz", f"{where} is one array, not an .npz archive")
+            raise CheckpointError(
+                "bad-npz", f"{where} is one array, not an .npz archive", hint="save it with numpy.savez"
+            )
         with opened as archive:
             return {name: archive[name] for name in names if name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError("bad-npz", f"{where} cannot be read as a plain .npz archive: {error}") from error
+        raise CheckpointError(
+            "bad-npz", f"{where} cannot be read as a plain .npz archive: {error}", hint="save it with numpy.savez"
+        ) from error
 
 
 def _checked_labels(labels: "np.ndarray | None", n: int, where: Path, wanted: str) -> "torch.Tensor":
@@ -280,10 +296,14 @@ def _checked_labels(labels: "np.ndarray | None", n: int, where: Path, wanted: st
         raise CheckpointError("no-labels", f"{where} has no {wanted}: every image needs a class", hint=f"add {wanted}")
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (n,):
         raise CheckpointError(
-            "bad-labels", f"the labels in {where} are {labels.dtype}{list(labels.shape)}, not {n} integers"
+            "bad-labels",
+            f"the labels in {where} are {labels.dtype}{list(labels.shape)}, not {n} integers",
+            hint="give every image the number of its class",
         )
     if labels.min() < 0 or labels.max() >= 2**31:
-        raise CheckpointError("bad-labels", f"{where} has labels from {labels.min()} to {labels.max()}")
+        raise CheckpointError(
+            "bad-labels", f"{where} has labels from {labels.min()} to {labels.max()}", hint="number the classes from 0"
+        )
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -294,13 +314,16 @@ def _npz(where: Path, spec: str) -> ImageSet:
     arrays = _arrays(where, ("arr_0", "labels", "arr_1"))
     pixels = arrays.get("arr_0")
     if pixels is None:
-        raise CheckpointError("no-images", f"{where} has no array arr_0")
+        raise CheckpointError(
+            "no-images", f"{where} has no array arr_0", hint="save the images as arr_0, as surgery sample does"
+        )
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or 0 in pixels.shape:
         raise CheckpointError(
             "bad-images",
             f"arr_0 in {where} is {pixels.dtype}{list(pixels.shape)}, not bytes [n, height, width, channels]",
+            hint="save pixels as numpy.uint8, 0 to 255",
         )
     if pixels.shape[3] in (1, 3):
         pixels = pixels.transpose(0, 3, 1, 2)
@@ -308,6 +331,7 @@ def _npz(where: Path, spec: str) -> ImageSet:
         raise CheckpointError(
             "bad-images",
             f"arr_0 in {where} is {list(pixels.shape)}: neither the second nor the last axis is 1 or 3 channels",
+            hint="latents are given as latents:PATH",
         )
     labels = _checked_labels(arrays.get("labels", arrays.get("arr_1")), len(pixels), where, "array labels or arr_1")
     images = torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.float32) / 127.5 - 1
@@ -325,7 +349,9 @@ def _latents(where: Path, spec: str) -> ImageSet:
         try:
             tensors = load_file(where)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError("bad-latents", f"{where} cannot be read as safetensors: {error}") from error
+            raise CheckpointError(
+                "bad-latents", f"{where} cannot be read as safetensors: {error}", hint="make the file again"
+            ) from error
         latents = tensors.get("latents")
         labels = (
             tensors["labels"].numpy() if "labels" in tensors and tensors["labels"].dtype != torch.bfloat16 else None
@@ -334,15 +360,20 @@ def _latents(where: Path, spec: str) -> ImageSet:
         arrays = _arrays(where, ("latents", "labels"))
         array = arrays.get("latents")
         if array is not None and not np.issubdtype(array.dtype, np.floating):
-            raise CheckpointError("bad-latents", f"latents in {where} are {array.dtype}, not floating point")
+            raise CheckpointError(
+                "bad-latents", f"latents in {where} are {array.dtype}, not floating point", hint="save them as float32"
+            )
         latents = None if array is None else torch.from_numpy(array.astype(np.float32))
         labels = arrays.get("labels")
     if latents is None:
-        raise CheckpointError("no-images", f"{where} has no array called latents")
+        raise CheckpointError(
+            "no-images", f"{where} has no array called latents", hint="save latents and labels by these names"
+        )
     if latents.dim() != 4 or not latents.is_floating_point() or 0 in latents.shape:
         raise CheckpointError(
             "bad-latents",
             f"latents in {where} are {latents.dtype}{list(latents.shape)}, not floats [n, channels, height, width]",
+            hint="save them as the VAE gives them",
         )
     checked = _checked_labels(labels, len(latents), where, "array labels")
     return _build(spec, latents, checked, n_classes=int(checked.max()) + 1)

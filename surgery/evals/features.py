@@ -66,7 +66,11 @@ def open_extractor(spec: str) -> Extractor:
             )
         return _inception(Path(path))
     if kind == "npz":
-        raise UsageError("npz-extractor", "npz runs no extractor: the features come from the files that are compared")
+        raise UsageError(
+            "npz-extractor",
+            "npz runs no extractor: the features come from the files that are compared",
+            hint="name a classifier or an inception file",
+        )
     known = ["classifier", "inception", "npz"]
     raise UsageError("unknown-extractor", f"unknown features {spec!r}", hint=closest(kind, known))
 
@@ -83,7 +87,9 @@ def extract(
     pixels = np.asarray(images)
     if np.issubdtype(pixels.dtype, np.floating):
         if pixels.ndim == 4 and not np.isfinite(pixels).all():
-            raise UsageError("non-finite-images", "the images hold NaN or infinite values")
+            raise UsageError(
+                "non-finite-images", "the images hold NaN or infinite values", hint="sample again in float32"
+            )
         pixels = to_uint8(pixels) if pixels.ndim == 4 else pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) == 0:
         raise UsageError(
@@ -132,15 +138,25 @@ def _classifier(folder: Path) -> Extractor:
         config = json.loads(config_bytes)
         state = load(weights)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise CheckpointError("bad-classifier", f"{folder}: {error}") from error
+        raise CheckpointError(
+            "bad-classifier", f"{folder}: {error}", hint="train it again: surgery train classifier"
+        ) from error
     if not isinstance(config, dict):
-        raise CheckpointError("bad-classifier", f"{folder / 'config.json'} is a {type(config).__name__}, not an object")
+        raise CheckpointError(
+            "bad-classifier",
+            f"{folder / 'config.json'} is a {type(config).__name__}, not an object",
+            hint="train it again: surgery train classifier",
+        )
     model = build_classifier(config, where=str(folder / "config.json"))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = str(error).splitlines()
-        raise CheckpointError("bad-classifier", f"{folder / 'model.safetensors'}: {lines[-1].strip()}") from error
+        raise CheckpointError(
+            "bad-classifier",
+            f"{folder / 'model.safetensors'}: {lines[-1].strip()}",
+            hint="train it again: surgery train classifier",
+        ) from error
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + b"\0" + weights).hexdigest()[:16]
     want = (model.config.size, model.config.size, model.config.channels)
 
@@ -182,7 +198,11 @@ def _inception(path: Path) -> Extractor:
         module = torch.jit.load(str(path), map_location="cpu").eval()
     except (OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError("bad-inception", f"{path} is not a TorchScript file: {first}") from error
+        raise CheckpointError(
+            "bad-inception",
+            f"{path} is not a TorchScript file: {first}",
+            hint="export the network with torch.jit.script or trace",
+        ) from error
     names = {argument.name for argument in module.forward.schema.arguments}
 
     @torch.no_grad()
@@ -195,7 +215,11 @@ def _inception(path: Path) -> Extractor:
             probs = module(x, no_output_bias=True) if {"return_features", "no_output_bias"} <= names else None
         except RuntimeError as error:
             last = str(error).strip().splitlines()[-1]
-            raise CheckpointError("bad-inception", f"{path} fails on images {list(x.shape)}: {last}") from error
+            raise CheckpointError(
+                "bad-inception",
+                f"{path} fails on images {list(x.shape)}: {last}",
+                hint="the network must take [n, 3, H, W] images",
+            ) from error
         if isinstance(output, tuple) and len(output) == 2:
             output, probs = output[0], torch.softmax(output[1].double(), 1)
         if not isinstance(output, torch.Tensor) or output.shape != (len(x), INCEPTION_WIDTH):

@@ -153,7 +153,11 @@ def _reference(ref: str, split: str) -> tuple[str, np.ndarray]:
     images = load_images(ref)
     part = images.train if split == "train" else images.val
     if part.images.shape[1] not in (1, 3):
-        raise UsageError("not-pixels", f"{ref} holds latents of {part.images.shape[1]} channels, not pixels")
+        raise UsageError(
+            "not-pixels",
+            f"{ref} holds latents of {part.images.shape[1]} channels, not pixels",
+            hint="name a set of pixels as reference",
+        )
     return f"{images.name}:{split}", to_uint8(part.images.numpy())
 
 

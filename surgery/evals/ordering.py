@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# 97.5 % points of Student's t for 1, 2, … degrees of freedom; 1.96 beyond.
+# 97.5 % points of Student's t for 1 to 10 degrees of freedom; the last serves more, on the safe side.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 

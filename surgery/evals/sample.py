@@ -236,7 +236,11 @@ def _predict(model: Any, x: Tensor, t: Tensor, y: Tensor, *, guidance: float, fi
 def _check_output(output: Tensor, x: Tensor) -> None:
     if output.shape[1] not in (x.shape[1], 2 * x.shape[1]) or output.shape[2:] != x.shape[2:]:
         given, made = list(x.shape[1:]), list(output.shape[1:])
-        raise CheckpointError("bad-output", f"the model returns {made} for images of {given}")
+        raise CheckpointError(
+            "bad-output",
+            f"the model returns {made} for images of {given}",
+            hint="the config's channels and sample_size do not fit the weights",
+        )
 
 
 def _labels(config: Any, n: int, labels: Tensor | Sequence[int] | None, classes: Sequence[int] | None) -> Tensor:
@@ -366,29 +370,53 @@ def load_samples(path: str | Path) -> Samples:
     except FileNotFoundError as error:
         raise CheckpointError("no-samples", f"{path} does not exist", hint="make it with: surgery sample") from error
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise CheckpointError("bad-samples", f"{path} is not a readable .npz file: {error}") from error
+        raise CheckpointError(
+            "bad-samples", f"{path} is not a readable .npz file: {error}", hint="make it with: surgery sample"
+        ) from error
     images, features = entries.get("arr_0"), entries.get("features")
     if images is None and features is None:
-        raise CheckpointError("bad-samples", f"{path} holds neither images (arr_0) nor features")
+        raise CheckpointError(
+            "bad-samples", f"{path} holds neither images (arr_0) nor features", hint="make it with: surgery sample"
+        )
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3)):
         raise CheckpointError(
-            "bad-samples", f"{path}: arr_0 is {images.dtype} {list(images.shape)}, not uint8 [n, H, W, 1 or 3]"
+            "bad-samples",
+            f"{path}: arr_0 is {images.dtype} {list(images.shape)}, not uint8 [n, H, W, 1 or 3]",
+            hint="save pixels as numpy.uint8, channels last",
         )
     if features is not None and (not np.issubdtype(features.dtype, np.number) or features.ndim != 2):
         raise CheckpointError(
-            "bad-samples", f"{path}: features are {features.dtype} {list(features.shape)}, not numbers [n, d]"
+            "bad-samples",
+            f"{path}: features are {features.dtype} {list(features.shape)}, not numbers [n, d]",
+            hint="save one row of numbers for each image",
         )
     try:
         settings = json.loads(str(entries["settings"])) if "settings" in entries else {}
     except json.JSONDecodeError as error:
-        raise CheckpointError("bad-samples", f"{path}: settings are not JSON: {error}") from error
+        raise CheckpointError(
+            "bad-samples",
+            f"{path}: settings are not JSON: {error}",
+            hint="leave settings out, or write them as surgery sample does",
+        ) from error
     if not isinstance(settings, dict):
-        raise CheckpointError("bad-samples", f"{path}: settings are a {type(settings).__name__}, not an object")
+        raise CheckpointError(
+            "bad-samples",
+            f"{path}: settings are a {type(settings).__name__}, not an object",
+            hint="leave settings out, or write them as surgery sample does",
+        )
     extractor = str(entries["extractor"]) if "extractor" in entries else None
     found = Samples(images, entries.get("labels"), settings, features, entries.get("probs"), extractor)
     for name, rows in (("labels", found.labels), ("features", features), ("probs", found.probs)):
         if rows is not None and (rows.ndim == 0 or len(rows) != found.n):
-            raise CheckpointError("bad-samples", f"{path}: {name} of shape {list(rows.shape)} for {found.n} samples")
+            raise CheckpointError(
+                "bad-samples",
+                f"{path}: {name} of shape {list(rows.shape)} for {found.n} samples",
+                hint="give one row for each sample",
+            )
     if settings.get("n", found.n) != found.n:
-        raise CheckpointError("bad-samples", f"{path}: settings say {settings['n']} samples, the file holds {found.n}")
+        raise CheckpointError(
+            "bad-samples",
+            f"{path}: settings say {settings['n']} samples, the file holds {found.n}",
+            hint="the file was cut or joined after it was made: sample again",
+        )
     return found

@@ -113,8 +113,11 @@ def _plain(value: Any) -> Any:
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """Digest of a record without itself, its time and its environment."""
-    return "sha256:" + digests.canonical_digest({k: v for k, v in record.items() if k not in _UNHASHED})
+    """Digest of a record without itself, its time, its environment, and what the parents were called there."""
+    hashed = {k: v for k, v in record.items() if k not in _UNHASHED}
+    if isinstance(parents := hashed.get("parents"), Mapping):
+        hashed["parents"] = {n: {k: v for k, v in row.items() if k != "source"} for n, row in parents.items()}
+    return "sha256:" + digests.canonical_digest(hashed)
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
@@ -209,6 +212,7 @@ def _parent(parent: Checkpoint) -> dict[str, Any]:
         "digest": f"sha256:{parent.digest}",
         "config": f"sha256:{parent.config_digest()}",
         "part": parent.selected,
+        "source": parent.name,  # as it was typed: where `surgery replay` looks first
         "lineage": lineage["record"] if lineage else None,
         **parent.origin,
     }

@@ -122,6 +122,7 @@ def run_op(
             "torch": _version("torch"),
             "device": options.device,
             "threads": options.threads,
+            "shard_size": options.shard_size,
         }
         record = make_record(
             op=op.name,

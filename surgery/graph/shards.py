@@ -1,10 +1,11 @@
 """Which output file each tensor goes to, and in what order inside it. Planning only: no byte is read or moved."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from surgery.errors import UsageError
-from surgery.graph.op import Bytes, Entry, Keep, Plan
+from surgery.errors import CheckpointError, UsageError
+from surgery.graph.op import Entry, Keep, Plan
 from surgery.store.header import DTYPE_BITS, read_header
 from surgery.store.layout import natural
 from surgery.store.writer import PlannedFile
@@ -112,11 +113,22 @@ def _file(relative: str, group: list[Entry], key: str) -> PlannedFile:
 def _whole_file(relative: str, group: list[Entry]) -> PlannedFile | None:
     """The parent's own header when the group is exactly one file of the parent, so that it can be taken whole."""
     refs = [e.ref for e in group if isinstance(e, Keep) and e.ref.name == e.name and e.ref.offset >= 0]
-    if len(refs) != len(group) or any(isinstance(e, Bytes) for e in group) or len({r.file for r in refs}) != 1:
+    if not refs or len(refs) != len(group) or len({r.file for r in refs}) != 1:
         return None
+    start, size = min(r.offset for r in refs), sum(r.nbytes for r in refs)
+    try:
+        with open(refs[0].file, "rb") as handle:
+            # Headers may be large: it is parsed only where the group's bytes are all that the file has.
+            end = os.fstat(handle.fileno()).st_size
+            if (start, start + size) != (8 + int.from_bytes(handle.read(8), "little"), end):
+                return None
+            handle.seek(0)
+            raw = handle.read(start)
+    except OSError as err:
+        raise CheckpointError(
+            "unreadable", f"{refs[0].file}: {err.strerror}", hint="it was there a moment ago"
+        ) from None
     header = read_header(refs[0].file)
     if len(header.tensors) != len(refs):
-        return None
-    with open(refs[0].file, "rb") as handle:
-        raw = handle.read(header.data_start)
+        return None  # tensors without elements were left out
     return PlannedFile(relative, raw, {r.name: (r.offset, r.nbytes) for r in refs}, header.file_size)

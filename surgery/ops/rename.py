@@ -13,6 +13,7 @@ from surgery.arch.patterns import nearest, parse_rule
 from surgery.errors import UsageError, printable
 from surgery.graph.op import Compute, Entry, Param, Plan, PlanContext
 from surgery.store.checkpoint import Checkpoint
+from surgery.store.header import is_unicode
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _checked(new: str, old: str, prefix: str) -> str:
             f"'{printable(old)}' would become '{printable(new)}', outside its part",
             hint=f"names of this part start with {prefix}",
         )
-    if not inner or inner == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in inner):
+    if not inner or inner == "__metadata__" or not is_unicode(inner):
         raise UsageError("bad-name", f"'{printable(old)}' would become '{printable(new)}', which is no name")
     return inner
 

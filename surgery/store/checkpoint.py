@@ -147,7 +147,9 @@ class Checkpoint:
     def chunks(self, ref: TensorRef, *, size: int = 4 << 20) -> "Iterator[bytes | memoryview]":
         """The bytes of a tensor, in pieces of at most `size`."""
         if ref.offset < 0:
-            yield memoryview(_tensor_bytes(self._from_pickle(ref)))
+            whole = memoryview(_tensor_bytes(self._from_pickle(ref)))
+            for position in range(0, len(whole), size):
+                yield whole[position : position + size]
             return
         buffer = memoryview(bytearray(min(size, ref.nbytes)))
         with _opened(ref) as fd:

@@ -111,6 +111,7 @@ def _check(images: ImageSet, s: ClassifierSettings) -> None:
         raise UsageError(
             "image-size",
             f"{images.name} has {height}x{width} images; the classifier takes square ones of 4 pixels or more",
+            hint="crop or pad the images",
         )
     if min(s.steps, s.batch, s.features, s.width) < 1 or not s.lr > 0 or s.weight_decay < 0:
         raise UsageError(

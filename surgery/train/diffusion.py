@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from surgery.arch.build import model_from_state
 from surgery.arch.checkpoints import load_model, scheduler_config, transformer_part
-from surgery.arch.diffusion import NoiseSchedule
+from surgery.arch.diffusion import NoiseSchedule, heldout_loss
 from surgery.graph.op import Plan, TrainContext, TrainResult
 from surgery.store.checkpoint import Checkpoint
 from surgery.train.finetune import FinetuneSettings, finetune
@@ -17,10 +18,11 @@ def train(op: "TrainDiffusion", ctx: TrainContext, plan: Plan, base: Checkpoint)
     """Train all parameters; returns the averaged weights, and the curve of held-out losses as record."""
     part, config = transformer_part(base)
     images = images_for(op.data, config)
+    schedule = NoiseSchedule.from_config(scheduler_config(base))
     result = finetune(
         load_model(base).float().to(ctx.device),
         images,
-        NoiseSchedule.from_config(scheduler_config(base)),
+        schedule,
         FinetuneSettings(
             steps=op.steps,
             batch=op.batch,
@@ -38,7 +40,12 @@ def train(op: "TrainDiffusion", ctx: TrainContext, plan: Plan, base: Checkpoint)
         report=ctx.report,
         resume_folder=ctx.scratch / "train",
     )
-    refuse_non_finite(result.ema, result.val, "lower the learning rate or raise the warm-up")
+    loss = result.val
+    if loss is None:
+        # Without held-out losses on the way nobody has looked at the last weights yet.
+        few = (rows[:64] for rows in images.train)
+        loss = heldout_loss(model_from_state(config, result.ema), schedule, *few, seed=0, n_draws=1)[0]
+    refuse_non_finite(result.ema, loss, "lower the learning rate or raise the warm-up")
     lead = f"{part.name}/" if part.name else ""
     curve = [
         {k: h[k] for k in ("step", "loss", "val") if k in h}

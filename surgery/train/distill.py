@@ -114,7 +114,11 @@ class DistillSettings:
         }
         for name, good in checks.items():
             if not good:
-                raise UsageError("bad-setting", f"distillation with {name} = {getattr(self, name)!r} is not possible")
+                raise UsageError(
+                    "bad-setting",
+                    f"distillation with {name} = {getattr(self, name)!r} is not possible",
+                    hint="see the command's --help for what it takes",
+                )
         if self.loss != "auto":
             regression_loss(self.loss)
 

@@ -88,7 +88,11 @@ class FinetuneSettings:
         }
         for name, good in checks.items():
             if not good:
-                raise UsageError("bad-setting", f"finetuning with {name} = {getattr(self, name)!r} is not possible")
+                raise UsageError(
+                    "bad-setting",
+                    f"finetuning with {name} = {getattr(self, name)!r} is not possible",
+                    hint="see the command's --help for what it takes",
+                )
 
 
 @dataclass(frozen=True)
@@ -313,7 +317,9 @@ class _State:
             os.replace(partial, self.path)
         except OSError as error:
             raise OutputError(
-                "not-writable", f"cannot keep the training state in {self.path.parent}: {error}"
+                "not-writable",
+                f"cannot keep the training state in {self.path.parent}: {error}",
+                hint="check the folder and its rights",
             ) from error
         self.saved_step = step
 
@@ -353,5 +359,7 @@ class _State:
                 self.since = [float(v) for v in place["since"]]
                 self.saved_step = int(place["step"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError("bad-state", f"{self.path} is not a finetuning state: {error}") from error
+            raise CheckpointError(
+                "bad-state", f"{self.path} is not a finetuning state: {error}", hint="remove that file to start again"
+            ) from error
         return self.saved_step

@@ -1,5 +1,6 @@
 """Our header against the safetensors library, in both directions, over generated names, dtypes and shapes."""
 
+import struct
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from surgery.errors import CheckpointError
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.dtypes import _TORCH, as_bytes, torch_dtype
 from surgery.store.header import nbytes_of, plan_header, read_header
@@ -79,3 +81,54 @@ def test_a_planned_header_reads_back_as_it_was_planned(tensors: Tensors, metadat
         assert found.metadata == metadata and found.data_start == len(header) and not found.oddities
         starts = {n: (found.data_start + s.start, s.stop - s.start) for n, s in found.tensors.items()}
         assert starts == places
+
+
+SEED_FILE = plan_header(
+    [("a.weight", "F32", (2, 3)), ("b", "BF16", (4,)), ("é", "F4", (4,))], metadata={"format": "pt"}
+)[0]
+TOKENS = [
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b",",
+    b":",
+    b"0",
+    b"-1",
+    b"1e3",
+    b"null",
+    b"true",
+    b"NaN",
+    b"\xff",
+    b"\\u0000",
+    b"\\ud800",
+]
+EDITS = st.lists(
+    st.tuples(
+        st.integers(0, len(SEED_FILE) + 40), st.integers(0, 3), st.sampled_from([*TOKENS, b'"b":{', b"F16", b" "])
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(EDITS, st.booleans())
+def test_a_damaged_file_is_refused_as_such_and_what_we_accept_the_library_accepts(
+    edits: list[tuple[int, int, bytes]], repair_length: bool
+) -> None:
+    raw = SEED_FILE + bytes(range(34))
+    for position, removed, inserted in edits:
+        raw = raw[:position] + inserted + raw[position + removed :]
+    if repair_length:  # so that most damage is met by the parser and not by the length
+        raw = struct.pack("<Q", max(0, len(raw) - 8 - 34)) + raw[8:]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        path.write_bytes(raw)
+        try:
+            ours = read_header(path)
+        except CheckpointError as err:
+            assert str(path) in err.message and err.hint and err.code.startswith("checkpoint.")
+            return
+        with safe_open(path, "pt") as theirs:
+            assert set(theirs.keys()) == ours.tensors.keys()

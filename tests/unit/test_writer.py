@@ -589,6 +589,48 @@ def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+# What a power cut could lose
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The calls that make things last, in order, each with the name of its file or folder."""
+    calls: list[tuple[str, str]] = []
+
+    def watched(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(first: int | Path, *rest: object) -> object:
+            shown = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            calls.append((name, Path(shown).name))
+            return real(first, *rest)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("write", "fsync", "fdatasync", "rename"):
+        watched(name)
+    return calls
+
+
+def test_bytes_are_on_disk_before_the_journal_speaks_of_them(tmp_path: Path, disk: list[tuple[str, str]]) -> None:
+    with Workspace(tmp_path / "out", KEY) as space:
+        file = planned()
+        space.begin_file(file)
+        disk.clear()
+        fill(space, file)
+    assert disk == [("fdatasync", file.relative), ("write", "journal.jsonl"), ("fsync", "journal.jsonl")]
+
+
+def test_all_files_and_folders_are_on_disk_before_the_rename_and_the_rename_after(
+    tmp_path: Path, disk: list[tuple[str, str]]
+) -> None:
+    write_checkpoint(tmp_path / "out")
+    at = disk.index(("rename", "out"))
+    before = {name for call, name in disk[:at] if call == "fsync"}
+    assert before >= {"model.safetensors", "surgery.json", "config.json", "sub", "out"}
+    assert ("fsync", tmp_path.name) in disk[at:]
+
+
 # Small files
 
 

@@ -1,0 +1,262 @@
+"""Build a checkpoint again from its lineage and see whether the same bytes come out.
+
+The record says which operation with which parameters, seed, threads and device made it, and what its parents were
+called. Parents are looked for where they were, beside the output, in the cache and by their hub commit; only one whose
+digest is the recorded one is taken.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError, SurgeryError, UsageError, closest, printable
+from surgery.graph.lineage import record_digest
+from surgery.graph.op import Op, Plan, build_op
+from surgery.graph.run import Report, RunOptions, RunResult, check_place, run_op, silent
+from surgery.store.checkpoint import Checkpoint, open_checkpoint
+from surgery.store.digests import cache_folder
+from surgery.store.layout import LINEAGE_FILE
+from surgery.store.names import open_named
+
+_LEVELS = 4  # folders above the output in which a relative name is tried: where the command may have been typed
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The result, and what is not as recorded: tensors by full name, files by path, and `reasons` that may explain."""
+
+    result: RunResult
+    tensors: tuple[str, ...]
+    files: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every tensor and every side file came out as recorded."""
+        return not (self.tensors or self.files)
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """`parents` maps a recorded parent's name to where it lies now. `deep` rebuilds those that are not found from their
+    own records. `device` and `threads` replace the recorded ones; the rest is as for any run."""
+
+    parents: Mapping[str, str]
+    deep: bool = False
+    device: str | None = None
+    threads: int | None = None
+    run: RunOptions = RunOptions(workers=1)
+
+
+def replay(
+    checkpoint: Checkpoint,
+    to: Path,
+    load_op: Callable[[str], Any],
+    *,
+    options: ReplayOptions,
+    report: Report = silent,
+    notice: Callable[[Plan], None] = lambda plan: None,
+) -> Replayed:
+    """Carry out at `to` what the record of `checkpoint` says, and compare the outcome with the record.
+
+    Raises `CheckpointError` without an intact record, and when a parent is missing or has changed.
+    """
+    record = checkpoint.lineage
+    if record is None:
+        raise CheckpointError(
+            "no-lineage", f"{checkpoint.name}: no {LINEAGE_FILE} beside the weights", hint="not made by surgery"
+        )
+    if record["record"] != record_digest(record):
+        raise CheckpointError(
+            "altered-record",
+            f"{checkpoint.name}: {LINEAGE_FILE} was altered after it was written",
+            hint=f"surgery verify {checkpoint.name} says what else differs",
+        )
+    unknown = [name for name in options.parents if name not in record["parents"]]
+    if unknown:
+        known = list(record["parents"])
+        raise UsageError(
+            "parent",
+            f"{checkpoint.name} has no parent '{printable(unknown[0])}'",
+            hint=closest(unknown[0], known) if known else "it was made from nothing",
+        )
+    check_place(to, [checkpoint])
+    result, op = _rebuild(
+        record, to, checkpoint.root, load_op, options=options, report=report, notice=notice, reuse=False
+    )
+    return _compared(record, result, op)
+
+
+def _rebuild(
+    record: Mapping[str, Any],
+    to: Path,
+    home: Path,
+    load_op: Callable[[str], Any],
+    *,
+    options: ReplayOptions,
+    report: Report,
+    notice: Callable[[Plan], None],
+    reuse: bool,
+) -> tuple[RunResult, Op]:
+    if len(record["steps"]) != 1:
+        raise CheckpointError(
+            "many-steps", "the record holds several steps without what was between them", hint="run its recipe again"
+        )
+    (step,) = record["steps"]
+    op: Op = build_op(load_op(step["op"]), step["params"])
+    names = step.get("parents", list(record["parents"]))
+    if op.parents != len(names):
+        raise CheckpointError(
+            "other-version",
+            f"{step['op']} took {len(names)} checkpoints then and takes {op.parents} now",
+            hint=f"install surgery {record['environment'].get('surgery', 'of that time')}",
+        )
+    parents = [
+        _find_parent(record, name, home, load_op, options=options, report=report, notice=notice) for name in names
+    ]
+    environment = record["environment"]
+    run = replace(
+        options.run,
+        seed=step["seed"],
+        device=options.device or str(environment.get("device", "cpu")),
+        threads=options.threads or _count(environment.get("threads")) or 1,
+        shard_size=_count(environment.get("shard_size")),
+    )
+    return run_op(op, parents, to, options=run, report=report, notice=notice, reuse=reuse), op
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _find_parent(
+    record: Mapping[str, Any],
+    name: str,
+    home: Path,
+    load_op: Callable[[str], Any],
+    *,
+    options: ReplayOptions,
+    report: Report,
+    notice: Callable[[Plan], None],
+) -> Checkpoint:
+    """The parent with the recorded digest, from the first place that has it."""
+    row = record["parents"][name]
+    own = record["ancestors"].get(row["lineage"]) if row["lineage"] else None
+    offline = options.run.offline
+    changed: list[str] = []
+    if name in options.parents:
+        found = open_named(options.parents[name], offline=offline)
+        if fault := _fault(found, row):
+            raise CheckpointError(
+                "changed-parent",
+                f"parent '{printable(name)}': {found.name} {fault}",
+                hint="name the one it was made from",
+            )
+        return _named(found, row, name)
+    for place, from_hub in _places(row, name, home, own):
+        try:
+            # Only what came from the hub may be asked for there: a lost ./org/name must not become a download.
+            found = open_named(place, offline=offline or not from_hub)
+            fault = _fault(found, row)
+        except SurgeryError:
+            continue
+        if fault is None:
+            return _named(found, row, name)
+        changed.append(f"{found.name} {fault}")
+    if options.deep and own is not None:
+        key = own["steps"][-1]["key"].removeprefix("sha256:")
+        inner = {**own, "ancestors": record["ancestors"]}
+        target = cache_folder() / "nodes" / key[:2] / key
+        # Other parents than those of the output itself were not named by the user.
+        lone = replace(options, parents={}, run=replace(options.run, overwrite=False, resume=False))
+        result, op = _rebuild(inner, target, home, load_op, options=lone, report=report, notice=notice, reuse=True)
+        found = open_checkpoint(result.path, name=str(row.get("source") or name))
+        if fault := _fault(found, row):
+            reasons = "; ".join(_compared(own, result, op).reasons)
+            raise CheckpointError(
+                "changed-parent",
+                f"parent '{printable(name)}' was rebuilt and {fault}: {reasons}",
+                hint=_hint(name, False),
+            )
+        return found
+    if changed:
+        raise CheckpointError(
+            "changed-parent", f"parent '{printable(name)}': {'; '.join(changed[:2])}", hint=_hint(name, own is not None)
+        )
+    raise CheckpointError(
+        "missing-parent",
+        f"parent '{printable(name)}' is not where it was: no {printable(str(row.get('source') or name))} "
+        f"here or beside {home.name}",
+        hint=_hint(name, own is not None),
+    )
+
+
+def _places(row: Mapping[str, Any], name: str, home: Path, own: Mapping[str, Any] | None) -> Iterator[tuple[str, bool]]:
+    """Where a parent may be, most likely first, and whether asking the hub is right there."""
+    source = str(row.get("source") or name)
+    yield source, False
+    home = home.absolute()
+    if not source.startswith(("/", "~", "hub:")):
+        for folder in list(home.parents)[:_LEVELS]:
+            yield str(folder / source), False
+    yield str(home.parent / Path(source).name), False
+    if own is not None:
+        key = own["steps"][-1]["key"].removeprefix("sha256:")
+        yield str(cache_folder() / "nodes" / key[:2] / key), False
+    if row.get("name") and row.get("commit"):
+        part = f":{row['part']}" if row.get("part") else ""
+        yield f"hub:{row['name']}@{row['commit']}{part}", True
+
+
+def _fault(found: Checkpoint, row: Mapping[str, Any]) -> str | None:
+    """Why `found` is not the recorded parent."""
+    if f"sha256:{found.digest}" != row["digest"]:
+        return f"holds other tensors (digest {found.digest[:12]}, recorded {row['digest'][7:19]})"
+    if row.get("config") not in (None, f"sha256:{found.config_digest()}"):
+        return "has another config than then"
+    return None
+
+
+def _named(found: Checkpoint, row: Mapping[str, Any], name: str) -> Checkpoint:
+    """Under the name that it had, so that the new record reads like the old one."""
+    return replace(found, name=str(row.get("source") or name))
+
+
+def _hint(name: str, has_record: bool) -> str:
+    rebuild = ", or --deep to rebuild it from its own record" if has_record else ""
+    return f"say where it is: --parent {printable(name)}=PATH{rebuild}"
+
+
+def _compared(record: Mapping[str, Any], result: RunResult, op: Op) -> Replayed:
+    """What came out otherwise than recorded, and why that may be."""
+    then, now = record["tensors"], result.record["tensors"]
+    tensors = tuple(n for n in dict.fromkeys((*then, *now)) if then.get(n) != now.get(n))
+    old, new = (
+        {row["path"]: row["sha256"] for row in r["output"]["files"] if "sha256" in row and not _is_index(row["path"])}
+        for r in (record, result.record)
+    )
+    files = tuple(sorted(n for n in {*old, *new} if old.get(n) != new.get(n)))
+    reasons = tuple(_reasons(record, result.record, op)) if tensors or files else ()
+    return Replayed(result, tensors, files, reasons)
+
+
+def _is_index(path: str) -> bool:
+    return path.endswith(".safetensors.index.json")  # says which file holds what; sizes of files are no content
+
+
+def _reasons(then: Mapping[str, Any], now: Mapping[str, Any], op: Op) -> Iterator[str]:
+    before, after = then["environment"], now["environment"]
+    found = False
+    if then["steps"][-1]["version"] != op.version:
+        found = True
+        yield f"{op.name} was version {then['steps'][-1]['version']} then and is {op.version} now"
+    for key in ("torch", "device", "threads", "python", "surgery"):
+        if before.get(key) != after.get(key):
+            found = True
+            yield f"{key} was {printable(str(before.get(key)))} then and is {after.get(key)} now"
+    if not found and then["steps"][-1]["key"] != now["steps"][-1]["key"]:
+        found = True
+        yield "the data that it reads beside its parents has changed"
+    if not found:
+        yield "versions, device and threads are the same: another processor, or work that is not deterministic"
