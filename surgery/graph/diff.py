@@ -7,6 +7,7 @@ with the model. Sums are taken in float64. Nothing is written. torch is imported
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from surgery.store.layout import natural, read_json
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 1 << 18  # elements compared at a time
+_PIECE = 1 << 16  # elements compared at a time: both sides in float64 stay in a core's cache
 _PAPERS = (".md", ".png", ".jpg", ".gif", ".svg", ".pdf")  # documentation: no part of what a model is
 
 
@@ -142,10 +143,11 @@ def compare(
         n for n in common if known_a[n] != known_b[n] or a.tensors[n][1:3] != b.tensors[n][1:3]
     ]  # dtype and shape
     rows = []
-    for done, name in enumerate(differing, start=1):
-        same = by_content.get(_content(b, name))
-        rows.append(_compare_tensor(a, b, name, same if same != name else None))
-        report("compare", {"done": done, "total": len(differing)})
+    with _one_thread() if differing else nullcontext():
+        for done, name in enumerate(differing, start=1):
+            same = by_content.get(_content(b, name))
+            rows.append(_compare_tensor(a, b, name, same if same != name else None))
+            report("compare", {"done": done, "total": len(differing)})
     sizes: dict[str, tuple[int, int]] = {}
     for name in common:
         tensors, elements = sizes.get(block_of(name), (0, 0))
@@ -166,6 +168,19 @@ def compare(
         tolerance=tolerance,
         notes=notes,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are too small to share: several threads would spend their time waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def block_of(name: str) -> str:
@@ -232,18 +247,20 @@ def _compare_tensor(a: Checkpoint, b: Checkpoint, name: str, same_as: str | None
     sums = [0.0, 0.0, 0.0, 0.0]
     for x, y in _pieces(a, b, one, two):
         differ, x, y = _as_numbers(x, y)
-        both_nan = x.isnan() & y.isnan()
-        differ &= ~both_nan
-        finite = x.isfinite() & y.isfinite()
-        elements += differ.numel()  # of a complex tensor, the real numbers in it
-        changed += int(differ.sum())
-        nonfinite += int((differ & ~finite).sum())
-        x, y = x.where(finite, 0.0), y.where(finite, 0.0)
+        elements += x.numel()  # of a complex tensor, the real numbers in it
+        products = _products(x, y)
+        if not math.isfinite(sum(products[1:])):
+            finite = x.isfinite() & y.isfinite()
+            differ = (x != y if differ is None else differ) & ~(x.isnan() & y.isnan())
+            nonfinite += int((differ & ~finite).sum())
+            x, y = x.where(finite, 0.0), y.where(finite, 0.0)
+            products = _products(x, y)
         d = x - y
-        if d.numel():
-            largest = max(largest, float(d.abs().max()))
-        for i, (left, right) in enumerate(((d, d), (x, x), (y, y), (x, y))):
-            sums[i] += float(left.dot(right))
+        # Of two different finite numbers the difference is never zero.
+        changed += int((d if differ is None else differ).count_nonzero())
+        low, high = d.aminmax()
+        largest = max(largest, -float(low), float(high))
+        sums = [total + new for total, new in zip(sums, products, strict=True)]
     return TensorDiff(
         name, dtypes, shapes, True, elements, changed, nonfinite, largest, (sums[0], sums[1], sums[2], sums[3]), same_as
     )
@@ -261,12 +278,22 @@ def _pieces(
     assert kinds[0] is not None and kinds[1] is not None  # sub-byte dtypes are not compared
     steps = tuple(_PIECE * DTYPE_BITS[ref.dtype] // 8 for ref in (one, two))
     for x, y in zip(a.chunks(one, size=steps[0]), b.chunks(two, size=steps[1]), strict=True):
-        # A copy: torch wants writable memory, and what a pickle maps is not.
-        yield torch.frombuffer(bytearray(x), dtype=kinds[0]), torch.frombuffer(bytearray(y), dtype=kinds[1])
+        yield torch.frombuffer(_writable(x), dtype=kinds[0]), torch.frombuffer(_writable(y), dtype=kinds[1])
 
 
-def _as_numbers(x: "torch.Tensor", y: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """Which elements differ, and both sides in float64; integers are compared before they lose digits."""
+def _writable(piece: "bytes | memoryview") -> "memoryview | bytearray":
+    """torch wants memory that it could write to; what a pickle maps may not be."""
+    view = memoryview(piece)
+    return bytearray(view) if view.readonly else view
+
+
+def _products(x: "torch.Tensor", y: "torch.Tensor") -> tuple[float, float, float, float]:
+    d = x - y
+    return float(d.dot(d)), float(x.dot(x)), float(y.dot(y)), float(x.dot(y))
+
+
+def _as_numbers(x: "torch.Tensor", y: "torch.Tensor") -> "tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]":
+    """Both sides in float64, and for integers, which may lose digits there, which of them differ."""
     import torch
 
     def numbers(t: torch.Tensor) -> torch.Tensor:
@@ -279,8 +306,7 @@ def _as_numbers(x: "torch.Tensor", y: "torch.Tensor") -> "tuple[torch.Tensor, to
     if x.dtype == y.dtype and not x.dtype.is_floating_point:
         whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
         return x.view(whole) != y.view(whole), numbers(x), numbers(y)
-    x, y = numbers(x), numbers(y)
-    return x != y, x, y
+    return None, numbers(x), numbers(y)
 
 
 def _block(name: str, rows: list[TensorDiff], tensors: int, elements: int) -> BlockDiff:
@@ -298,12 +324,17 @@ def _block(name: str, rows: list[TensorDiff], tensors: int, elements: int) -> Bl
 
 
 def _relative(sums: tuple[float, ...]) -> float | None:
-    return math.sqrt(sums[0] / sums[1]) if sums[1] else 0.0 if not sums[0] else None
+    """None where A is zero and B is not, or where squares overflow."""
+    if not sums[1]:
+        return None if sums[0] else 0.0
+    ratio = sums[0] / sums[1]
+    return math.sqrt(ratio) if math.isfinite(ratio) else None
 
 
 def _cosine(sums: tuple[float, ...]) -> float | None:
     length = math.sqrt(sums[1]) * math.sqrt(sums[2])
-    return max(-1.0, min(1.0, sums[3] / length)) if length else None
+    cosine = sums[3] / length if length else math.nan
+    return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else None
 
 
 def _by_name(item: tuple[str, Any]) -> Any:

@@ -147,6 +147,7 @@ def _stage1(
             lr=settings["lr"],
             loss=op.loss,
             capture=op.capture,
+            val_samples=min(DistillSettings.val_samples, settings["samples"]),
             gate_weighted=op.gate_weighted,
             label_dropout=op.label_dropout,
             seed=ctx.seed,

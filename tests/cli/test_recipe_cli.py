@@ -1,4 +1,4 @@
-"""`surgery run`: shipped recipes plan, outputs are found again, a fault names its file, its line and the nearest word."""
+"""`surgery run`: shipped recipes plan, outputs are found again, a fault names file, line and the nearest word."""
 
 import json
 from collections.abc import Callable
