@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import UsageError
-from surgery.graph.op import build_op
+from surgery.graph.op import build_op, check_parents
 from surgery.graph.run import RunOptions, RunResult, run_op
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import Checkpoint
@@ -42,7 +41,6 @@ def apply(
     Raises the errors of the operation, and `UsageError` for a wrong number of parents or an unknown parameter.
     """
     kind = load_op(op)
-    if len(parents) != kind.parents:
-        raise UsageError("parents", f"{op} takes {kind.parents} checkpoints, not {len(parents)}", hint="see its --help")
+    check_parents(kind, len(parents))
     opened = [p if isinstance(p, Checkpoint) else open(p) for p in parents]
     return run_op(build_op(kind, params), opened, Path(out) if out is not None else None, options=options)

@@ -12,7 +12,7 @@ import typer
 
 from surgery.cli import output
 from surgery.errors import UsageError
-from surgery.graph.op import Param, Plan, PlanContext, build_op, op_params, shown_name
+from surgery.graph.op import Param, Plan, PlanContext, build_op, check_parents, op_params, parent_range, shown_name
 from surgery.graph.run import RunOptions, check_device, check_plan, run_op
 from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
@@ -65,20 +65,24 @@ def command_function(name: str, summary: str) -> Callable[..., None]:
     """A function whose signature is the operation's: Typer makes the command of it."""
     kind = load_op(name)
     params = op_params(kind)
+    fewest, most = parent_range(kind)
 
     def command(**values: Any) -> None:
         # An operation may take a run option for its own, as reshard does: it is part of what it makes then.
         common = {k: values[k] if k in params else values.pop(k) for k in _COMMON}
-        sources = [values.pop(f"parent_{i}") for i in range(kind.parents)]
+        sources = [values.pop(f"parent_{i}") for i in range(fewest)] + list(values.pop("more_parents", None) or ())
         _run(kind, values, sources, common)
 
     signature: list[inspect.Parameter] = []
-    for i in range(kind.parents):
-        label = getattr(kind, "parent_names", ("MODEL",) * kind.parents)[i]
+    for i in range(fewest):
+        label = getattr(kind, "parent_names", ("MODEL",) * fewest)[i]
         argument = typer.Argument(
             metavar=label, help="Folder, file, alias, hub id, or - for a path on standard input.", show_default=False
         )
         signature.append(_parameter(f"parent_{i}", str, argument, MISSING))
+    if most != fewest:
+        argument = typer.Argument(metavar="[MORE]...", help="Further checkpoints.", show_default=False)
+        signature.append(_parameter("more_parents", list[str] | None, argument, None))
     for field, (hint, param, default) in params.items():
         signature.append(_parameter(field, *_option(field, hint, param, default)))
     signature += [
@@ -120,6 +124,7 @@ def _parameter(name: str, hint: Any, info: Any, default: Any) -> inspect.Paramet
 def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mapping[str, Any]) -> None:
     output.Talk.quiet, output.Talk.verbose = common["quiet"], common["verbose"]
     op = build_op(kind, values)
+    check_parents(kind, len(sources))
     options = run_options(common)
     check_device(options.device)
     parents = [open_source(s, offline=options.offline) for s in sources]

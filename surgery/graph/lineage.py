@@ -226,7 +226,9 @@ def _changes(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
     for entry in plan.entries:
         how = {Keep: "keep", Bytes: "bytes", Compute: "compute", Trained: "train"}[type(entry)]
         sources: tuple[str, ...] = ()
-        if names and isinstance(entry, Keep | Bytes | Compute) and (not isinstance(entry, Compute) or entry.refs):
+        if isinstance(entry, Compute):
+            sources = tuple(names[i] for i in sorted({parent for parent, _ in entry.inputs}))
+        elif isinstance(entry, Keep | Bytes):
             sources = (names[entry.parent],)
         numbers = [int(n) for n in re.findall(_NUMBER, entry.full_name)[:1]]
         pattern = re.sub(_NUMBER, "{}", entry.full_name, count=1)

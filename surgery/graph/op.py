@@ -67,13 +67,19 @@ class Bytes(Entry):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute(Entry):
     """`op.run` makes it from `refs`. `how` is the operation's own note of what to do; `random` asks for a seeded
-    generator."""
+    generator. `sources` says which parent each ref lies in, where that is not `parent` for all of them."""
 
     how: Any
     refs: tuple[TensorRef, ...] = ()
     parent: int = 0
+    sources: tuple[int, ...] = ()
     scratch: int = 0
     random: bool = False
+
+    @property
+    def inputs(self) -> tuple[tuple[int, TensorRef], ...]:
+        """(index of the parent, ref) of everything that is read."""
+        return tuple(zip(self.sources or (self.parent,) * len(self.refs), self.refs, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +160,12 @@ class TrainResult:
 
 
 class Op(Protocol):
-    """The contract of an operation. `trainer` is "module:function" for operations whose entries include `Trained`."""
+    """The contract of an operation. `trainer` is "module:function" for operations whose entries include `Trained`;
+    `parents` is how many checkpoints it takes, or (fewest, most), most being None where there is no limit."""
 
     name: ClassVar[str]
     version: ClassVar[int]
-    parents: ClassVar[int]
+    parents: ClassVar[int | tuple[int, int | None]]
     trainer: ClassVar[str | None]
 
     def plan(self, ctx: PlanContext, *parents: Checkpoint) -> Plan:
@@ -214,6 +221,20 @@ def build_op(kind: Any, values: Mapping[str, Any]) -> Any:
 def resolved_params(op: Op) -> dict[str, Any]:
     """All parameters after defaults, as JSON values; these are hashed and recorded."""
     return {shown_name(n): list(v) if isinstance(v := getattr(op, n), tuple) else v for n in op_params(op)}
+
+
+def parent_range(op: Any) -> tuple[int, int | None]:
+    """The fewest and the most checkpoints that an operation takes; None: any number."""
+    parents: int | tuple[int, int | None] = op.parents
+    return (parents, parents) if isinstance(parents, int) else parents
+
+
+def check_parents(op: Any, count: int) -> None:
+    """Raise `UsageError` unless the operation takes `count` checkpoints."""
+    fewest, most = parent_range(op)
+    if count < fewest or (most is not None and count > most):
+        wanted = str(fewest) if fewest == most else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        raise UsageError("parents", f"{op.name} takes {wanted} checkpoints, not {count}", hint="see its --help")
 
 
 def shown_name(field_name: str) -> str:

@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from surgery.errors import CheckpointError, UsageError, closest, printable
-from surgery.graph.op import Op, Plan, PlanContext, build_op, op_params
+from surgery.graph.op import Op, Plan, PlanContext, build_op, check_parents, op_params
 from surgery.graph.run import Report, RunOptions, RunResult, plan_key, run_op, silent
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.digests import cache_folder
@@ -125,9 +125,11 @@ def build_steps(recipe: Recipe, load_op: Callable[[str], Any]) -> dict[str, Op]:
             # The first key that the operation does not know is what it complained of.
             line = next((at for n, at in step.lines.items() if f"'{n}'" in err.message), step.line)
             raise _fault(recipe.path, line, f"step '{step.name}': {err.message}", hint=err.hint) from None
-        if len(step.sources) != kind.parents:
-            what = f"step '{step.name}': {step.op} takes {kind.parents} checkpoints, not {len(step.sources)}"
-            raise _fault(recipe.path, step.line, what, hint="name them under 'from'")
+        try:
+            check_parents(kind, len(step.sources))
+        except UsageError as err:
+            what = f"step '{step.name}': {err.message}"
+            raise _fault(recipe.path, step.line, what, hint="name them under 'from'") from None
     return ops
 
 

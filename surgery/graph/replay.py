@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery.errors import CheckpointError, SurgeryError, UsageError, closest, printable
 from surgery.graph.lineage import record_digest
-from surgery.graph.op import Op, Plan, build_op
+from surgery.graph.op import Op, Plan, build_op, check_parents
 from surgery.graph.run import Report, RunOptions, RunResult, check_place, run_op, silent
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.digests import cache_folder
@@ -106,12 +106,11 @@ def _rebuild(
     (step,) = record["steps"]
     op: Op = build_op(load_op(step["op"]), step["params"])
     names = step.get("parents", list(record["parents"]))
-    if op.parents != len(names):
-        raise CheckpointError(
-            "other-version",
-            f"{step['op']} took {len(names)} checkpoints then and takes {op.parents} now",
-            hint=f"install surgery {record['environment'].get('surgery', 'of that time')}",
-        )
+    try:
+        check_parents(op, len(names))
+    except UsageError as err:
+        hint = f"install surgery {record['environment'].get('surgery', 'of that time')}"
+        raise CheckpointError("other-version", f"{printable(step['op'])}: {err.message} as then", hint=hint) from None
     parents = [
         _find_parent(record, name, home, load_op, options=options, report=report, notice=notice) for name in names
     ]

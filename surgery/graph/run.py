@@ -385,7 +385,7 @@ def _entry_bytes(op: Op, entry: Entry, parents: list[Checkpoint], trained: Train
         tensor = trained.tensors[entry.full_name]
     else:
         assert isinstance(entry, Compute)
-        inputs = [parents[entry.parent].read_ref(ref) for ref in entry.refs]
+        inputs = [parents[parent].read_ref(ref) for parent, ref in entry.inputs]
         tensor = op.run(entry, inputs, seeded(options.seed, op, entry.full_name) if entry.random else None)
         if tuple(tensor.shape) != entry.shape:
             raise CheckpointError(
