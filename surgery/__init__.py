@@ -16,14 +16,14 @@ _PUBLIC = {
     "open": "surgery.api:open",
     "load": "surgery.api:load",
     "apply": "surgery.api:apply",
-    "OPERATORS": "surgery.arch.operators:OPERATORS",
+    "OPERATORS": "surgery.arch.dit.operators:OPERATORS",
     "SurgeryError": "surgery.errors:SurgeryError",
 }
 __all__ = ["OPERATORS", "SurgeryError", "__version__", "apply", "load", "open"]
 
 if TYPE_CHECKING:
     from surgery.api import apply, load, open
-    from surgery.arch.operators import OPERATORS
+    from surgery.arch.dit.operators import OPERATORS
     from surgery.errors import SurgeryError
 
 

@@ -22,7 +22,7 @@ def load(name: str | Path | Checkpoint) -> Any:
 
     No code from the folder is run: operators are looked up in this package, an unknown one is refused.
     """
-    from surgery.arch.checkpoints import load_model
+    from surgery.arch.dit.checkpoints import load_model
 
     return load_model(name if isinstance(name, Checkpoint) else open(name))
 

@@ -125,10 +125,10 @@ def _row(
     row: Row, source: Checkpoint, base: str, folder: Path, seed: int, n: int, commands: list[str]
 ) -> dict[str, Any]:
     """Make the model, sample it, measure it."""
-    from surgery.arch.checkpoints import load_model, scheduler_config
-    from surgery.arch.diffusion import NoiseSchedule, heldout_loss
+    from surgery.arch.dit.checkpoints import load_model, scheduler_config
+    from surgery.arch.dit.diffusion import NoiseSchedule, heldout_loss
     from surgery.data.images import load_images
-    from surgery.evals.images import evaluate_images
+    from surgery.evals.images.evaluate import evaluate_images
 
     path, training, name = source.path, {}, base
     with output.Progress() as report:
@@ -265,8 +265,8 @@ def _claims(labels: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _pictures(measured: Mapping[str, list[dict[str, Any]]], rows: Sequence[Row], out: Path, seed: int) -> None:
+    from surgery.evals.images.sample import load_samples
     from surgery.evals.pictures import curves, side_by_side
-    from surgery.evals.sample import load_samples
 
     columns: dict[str, Any] = {}
     series: dict[str, list[tuple[float, float]]] = {}

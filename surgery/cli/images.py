@@ -108,7 +108,7 @@ def eval_images(
 
     Example:  surgery eval images out/digits.npz --ref digits
     """
-    from surgery.evals.images import compare, evaluate_images
+    from surgery.evals.images.evaluate import compare, evaluate_images
 
     output.Talk.quiet = quiet
     with output.Progress() as report:
@@ -157,10 +157,10 @@ def sample_to_file(
     """Sample from a checkpoint into an npz (and a picture); returns the settings as recorded."""
     import torch
 
-    from surgery.arch.checkpoints import load_decoder, load_model, scheduler_config
+    from surgery.arch.dit.checkpoints import load_decoder, load_model, scheduler_config
+    from surgery.evals.images.sample import balanced_labels, sample_settings, save_samples
+    from surgery.evals.images.sample import sample as sample_images
     from surgery.evals.pictures import grid as draw_grid
-    from surgery.evals.sample import balanced_labels, sample_settings, save_samples
-    from surgery.evals.sample import sample as sample_images
 
     check_device(device)
     if threads:
@@ -206,8 +206,8 @@ def sample_to_file(
 
 def _check_model(base: Any) -> None:
     """Refuse what cannot be sampled to pictures, before its weights are read."""
-    from surgery.arch.checkpoints import transformer_part
-    from surgery.arch.dit import Dims, family
+    from surgery.arch.dit.checkpoints import transformer_part
+    from surgery.arch.dit.config import Dims, family
 
     _, config = transformer_part(base)
     if family(config, base.name).name == "pixart":

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.errors import ResourceError, UsageError
-from surgery.evals.features import to_uint8
 from surgery.store.writer import atomic_write
 
 _CELL = 48  # pixels a small image is enlarged to
@@ -26,6 +25,12 @@ _INK, _PAPER, _EMPTY = (40, 40, 48), (255, 255, 255), (238, 238, 242)
 # Distinguishable with the common colour deficiencies (Okabe and Ito), darkest first on a white page.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8a8a00")
 _DASHES = ("-", "--", ":", "-.")
+
+
+def to_uint8(images: Any) -> NDArray[np.uint8]:
+    """Float [n, C, H, W] in [-1, 1] to uint8 [n, H, W, C] by clamp(127.5 x + 128, 0, 255), as DiT saves its samples."""
+    x = np.asarray(images, dtype=np.float32)
+    return np.ascontiguousarray(np.clip(127.5 * x + 128.0, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 # --- grids ------------------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from math import ceil, isfinite, prod
 from typing import Annotated, Any, ClassVar
 
-from surgery.arch import dit
-from surgery.arch.checkpoints import check_tensors, scheduler_config, scheduler_file, transformer_part
-from surgery.arch.grafts import flops_report, parse_replacements
-from surgery.arch.operators import OPERATORS, modeling_source
+from surgery.arch.dit import config as dit
+from surgery.arch.dit.checkpoints import check_tensors, scheduler_config, scheduler_file, transformer_part
+from surgery.arch.dit.grafts import flops_report, parse_replacements
+from surgery.arch.dit.operators import OPERATORS, modeling_source
 from surgery.arch.sources import Source, byte_ranges
 from surgery.data.identity import data_digest
 from surgery.errors import UsageError, closest
@@ -115,7 +115,7 @@ class Graft:
     name: ClassVar[str] = "graft"
     version: ClassVar[int] = 1
     parents: ClassVar[int] = 1
-    trainer: ClassVar[str | None] = "surgery.train.graft:train"
+    trainer: ClassVar[str | None] = "surgery.train.grafting.graft:train"
 
     def plan(self, ctx: PlanContext, base: Checkpoint) -> Plan:
         """Kept and new tensors from headers and config alone (paper section 3; costs as in its Tab. 4)."""

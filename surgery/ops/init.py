@@ -9,7 +9,7 @@ from math import prod
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch.architectures import ARCHITECTURES
-from surgery.arch.dit import initial_values
+from surgery.arch.dit.config import initial_values
 from surgery.arch.sources import Source
 from surgery.errors import UsageError, closest
 from surgery.graph.op import Compute, Param, PartNames, Plan, PlanContext, SideFile

@@ -7,8 +7,8 @@ Changes: every trained tensor; the weights kept are their moving average.
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from surgery.arch.checkpoints import check_tensors, scheduler_config, transformer_part
-from surgery.arch.dit import family
+from surgery.arch.dit.checkpoints import check_tensors, scheduler_config, transformer_part
+from surgery.arch.dit.config import family
 from surgery.data.identity import data_digest
 from surgery.errors import UsageError
 from surgery.graph.op import Compute, Entry, Keep, Param, PartNames, Plan, PlanContext, SideFile, Trained

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from surgery.arch.build import model_from_state
-from surgery.arch.checkpoints import load_model, scheduler_config, transformer_part
-from surgery.arch.diffusion import NoiseSchedule, heldout_loss
+from surgery.arch.dit.build import model_from_state
+from surgery.arch.dit.checkpoints import load_model, scheduler_config, transformer_part
+from surgery.arch.dit.diffusion import NoiseSchedule, heldout_loss
 from surgery.graph.op import Plan, TrainContext, TrainResult
 from surgery.store.checkpoint import Checkpoint
 from surgery.train.finetune import FinetuneSettings, finetune
-from surgery.train.graft import images_for, refuse_non_finite
+from surgery.train.grafting.graft import images_for, refuse_non_finite
 
 if TYPE_CHECKING:
     from surgery.ops.train_diffusion import TrainDiffusion

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arch.diffusion import (
+from surgery.arch.dit.diffusion import (
     NoiseSchedule,
     call_model,
     draw,

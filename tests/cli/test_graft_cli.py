@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from surgery.arch.architectures import ARCHITECTURES
-from surgery.arch.dit import tensor_shapes
+from surgery.arch.dit.config import tensor_shapes
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.header import plan_header
 
@@ -25,6 +25,12 @@ FINETUNE = ("--finetune-steps", "1", "--finetune-batch", "8")
 def listing(folder: Path) -> set[str]:
     """Every file and folder below, hidden ones too."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """What changes when a file is written again; not its time of access."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def digest(path: str | Path) -> str:

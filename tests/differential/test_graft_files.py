@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.api import load
 from surgery.arch.architectures import ARCHITECTURES
-from surgery.arch.build import build_model
+from surgery.arch.dit.build import build_model
 
 Run = Callable[..., Any]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def loss(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Held-out loss of dit-digits after a graft with the given parameters; made once for each."""
-    from surgery.arch.checkpoints import load_model, scheduler_config
-    from surgery.arch.diffusion import NoiseSchedule, heldout_loss
+    from surgery.arch.dit.checkpoints import load_model, scheduler_config
+    from surgery.arch.dit.diffusion import NoiseSchedule, heldout_loss
     from surgery.data.images import load_images
     from surgery.graph.op import build_op
     from surgery.graph.run import RunOptions, run_op

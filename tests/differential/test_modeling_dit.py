@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from surgery.arch.architectures import ARCHITECTURES
-from surgery.arch.build import build_model, model_from_state
-from surgery.arch.dit import Dims, Graft, grafted_config, resolve_graft, slot_prefix, slot_tensors
-from surgery.arch.modeling_dit import SurgeryDiTTransformer2DModel
-from surgery.arch.operators import OPERATORS, modeling_source
+from surgery.arch.dit.build import build_model, model_from_state
+from surgery.arch.dit.config import Dims, Graft, grafted_config, resolve_graft, slot_prefix, slot_tensors
+from surgery.arch.dit.modeling import SurgeryDiTTransformer2DModel
+from surgery.arch.dit.operators import OPERATORS, modeling_source
 from surgery.errors import CheckpointError
 
 DIGITS = dict(ARCHITECTURES["dit-digits"].transformer)

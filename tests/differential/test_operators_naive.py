@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from surgery.arch.operators import resolve_operator
+from surgery.arch.dit.operators import resolve_operator
 
 B, N, D, H = 2, 7, 4, 2
 PLACE = {"dim": D, "heads": H, "n_tokens": N}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.arch.diffusion import NoiseSchedule
-from surgery.evals.sample import build_scheduler, sample, sample_generators
+from surgery.arch.dit.diffusion import NoiseSchedule
+from surgery.evals.images.sample import build_scheduler, sample, sample_generators
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
 COSINE_V = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 1000}

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.arch.diffusion import NoiseSchedule, call_model, null_label
+from surgery.arch.dit.diffusion import NoiseSchedule, call_model, null_label
 from surgery.errors import CheckpointError, ResourceError, UsageError, closest
-from surgery.evals.features import to_uint8
+from surgery.evals.pictures import to_uint8
 from surgery.store.writer import atomic_write
 
 Report = Callable[[str, Mapping[str, float]], None]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery.arch.diffusion import NoiseSchedule, heldout_loss
+from surgery.arch.dit.diffusion import NoiseSchedule, heldout_loss
 from surgery.data.images import ImageSet
 from surgery.errors import CheckpointError, NonFiniteLoss, UsageError
 from surgery.train.finetune import FinetuneSettings, finetune, fresh_dit

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from surgery.errors import UsageError
-from surgery.evals import metrics
+from surgery.evals.images import metrics
 
 
 def whitened(n: int, d: int, seed: int) -> np.ndarray:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arch import dit
-from surgery.arch.build import model_from_state
-from surgery.arch.checkpoints import load_model, scheduler_config, transformer_part
-from surgery.arch.diffusion import NoiseSchedule, heldout_loss
-from surgery.arch.grafts import parse_replacements
-from surgery.arch.operators import OPERATORS
+from surgery.arch.dit import config as dit
+from surgery.arch.dit.build import model_from_state
+from surgery.arch.dit.checkpoints import load_model, scheduler_config, transformer_part
+from surgery.arch.dit.diffusion import NoiseSchedule, heldout_loss
+from surgery.arch.dit.grafts import parse_replacements
+from surgery.arch.dit.operators import OPERATORS
 from surgery.data.images import ImageSet, check_fits, load_images
 from surgery.errors import NonFiniteLoss, UsageError
 from surgery.graph.op import Plan, TrainContext, Trained, TrainResult
 from surgery.store.checkpoint import Checkpoint
-from surgery.train.capture import Tap
-from surgery.train.distill import LOSS_OF_KIND, DistillSettings, Target, distill
 from surgery.train.finetune import FinetuneSettings, finetune
+from surgery.train.grafting.capture import Tap
+from surgery.train.grafting.distill import LOSS_OF_KIND, DistillSettings, Target, distill
 from surgery.train.optim import generator_for
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arch.diffusion import NoiseSchedule, call_model, drop_labels
+from surgery.arch.dit.diffusion import NoiseSchedule, call_model, drop_labels
 from surgery.data.images import ImageSet, Split
 from surgery.errors import CheckpointError, OutputError, ResourceError, UsageError
 from surgery.train.optim import generator_for

@@ -124,12 +124,12 @@ class OperatorSpec:
         """
         import torch
 
-        from surgery.arch import modeling_dit
+        from surgery.arch.dit import modeling
 
         at, full = self._place(dim, heads, n_tokens, args)
         device = torch.get_default_device()
         with torch.device("meta"):
-            module = modeling_dit.OPERATORS[self.name](dim, heads, n_tokens, **full)
+            module = modeling.OPERATORS[self.name](dim, heads, n_tokens, **full)
         if device.type == "meta":
             return module
         draw = generator if generator is not None else torch.Generator().manual_seed(0)

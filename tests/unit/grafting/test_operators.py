@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from surgery.arch import modeling_dit
 from surgery.arch.architectures import ARCHITECTURES
-from surgery.arch.dit import NORM_PREFIX, SLOT_MODULES, Graft, grafted_config, tensor_shapes
-from surgery.arch.operators import OPERATORS, modeling_source, require_slot, resolve_operator
+from surgery.arch.dit import modeling
+from surgery.arch.dit.config import NORM_PREFIX, SLOT_MODULES, Graft, grafted_config, tensor_shapes
+from surgery.arch.dit.operators import OPERATORS, modeling_source, require_slot, resolve_operator
 from surgery.arch.sources import Concat, Constant, Rows, Same, Tap, Uniform, byte_ranges
 from surgery.errors import UsageError
 
@@ -104,9 +104,9 @@ def test_slots() -> None:
 
 def test_the_two_tables_that_must_agree_do() -> None:
     """The travelling file cannot import the declarations, so it repeats three names."""
-    assert list(modeling_dit.OPERATORS) == list(OPERATORS)
-    assert modeling_dit.SLOT_MODULES == SLOT_MODULES
-    assert modeling_dit.NORM_PREFIX == NORM_PREFIX
+    assert list(modeling.OPERATORS) == list(OPERATORS)
+    assert modeling.SLOT_MODULES == SLOT_MODULES
+    assert modeling.NORM_PREFIX == NORM_PREFIX
 
 
 def test_the_modeling_file_is_named_by_its_content() -> None:
@@ -227,7 +227,7 @@ def test_fresh_values_are_distributed_as_the_constructor_draws_them(text: str) -
     spec, args = resolve_operator(text)
     place = {"dim": 64, "heads": 4, "n_tokens": 16}
     torch.manual_seed(0)
-    constructed = modeling_dit.OPERATORS[spec.name](64, 4, 16, **args).state_dict()
+    constructed = modeling.OPERATORS[spec.name](64, 4, 16, **args).state_dict()
     assert list(constructed) == list(spec.tensors(**place, **args))
     for name, theirs in constructed.items():
         ours = spec.init_tensor(name, tuple(theirs.shape), draw(1), **place, **args)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from surgery.arch.diffusion import (
+from surgery.arch.dit.diffusion import (
     NoiseSchedule,
     call_model,
     diffusion_loss,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.arch.diffusion import NoiseSchedule, call_model
+from surgery.arch.dit.diffusion import NoiseSchedule, call_model
 from surgery.data.images import ImageSet
 from surgery.errors import NonFiniteLoss, ResourceError, UsageError
-from surgery.train.capture import Cache, Tap, estimate_bytes, fill, record, record_samples, sources
-from surgery.train.distill import DistillResult, DistillSettings, Target, distill, regression_loss
 from surgery.train.finetune import fresh_dit
-from surgery.train.workers import run_jobs
+from surgery.train.grafting.capture import Cache, Tap, estimate_bytes, fill, record, record_samples, sources
+from surgery.train.grafting.distill import DistillResult, DistillSettings, Target, distill, regression_loss
+from surgery.train.grafting.workers import run_jobs
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -171,7 +171,7 @@ def test_a_tap_that_records_nothing_sensible_is_refused(
 def test_a_cache_gives_back_any_rows_across_shards(
     teacher: nn.Module, images: ImageSet, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("surgery.train.capture._SHARD_BYTES", 8000)
+    monkeypatch.setattr("surgery.train.grafting.capture._SHARD_BYTES", 8000)
     train, val = _sources(images)
     tap = Tap(ATTN, keywords=())
     cache = Cache(tmp_path / "c", "k")

@@ -6,9 +6,9 @@ Names, shapes and arithmetic only; nothing is read from disk and torch is not im
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery.arch.dit import Dims, Graft, resolve_graft, stock_operator
+from surgery.arch.dit.config import Dims, Graft, resolve_graft, stock_operator
+from surgery.arch.dit.operators import OPERATORS
 from surgery.arch.layers import parse_layers
-from surgery.arch.operators import OPERATORS
 from surgery.errors import UsageError
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from surgery.arch.classifier import KIND, ClassifierConfig, build_classifier
 from surgery.data.images import ImageSet, load_images
 from surgery.errors import CheckpointError, UsageError
-from surgery.evals import features, images, metrics
-from surgery.evals.sample import save_samples
+from surgery.evals.images import evaluate, features, metrics
+from surgery.evals.images.sample import save_samples
+from surgery.evals.pictures import to_uint8
 from surgery.train.classifier import ClassifierSettings, TrainedClassifier, train_classifier
 
 SETTINGS = {"sampler": "ddim", "steps": 20, "guidance": 1.0, "cfg_channels": "all", "spacing": "leading", "model": "m"}
@@ -114,7 +115,7 @@ def test_classifier_features_do_not_depend_on_the_batch_and_floats_equal_their_p
     assert np.allclose(probs.sum(axis=1), 1)
     assert (probs.argmax(axis=1) == digits.val.labels[:50].numpy()).mean() > 0.9
     assert np.allclose(whole, features.extract(x, f"classifier:{folder}", batch=7)[0], atol=1e-4)
-    assert np.array_equal(whole, features.extract(features.to_uint8(x), f"classifier:{folder}")[0])
+    assert np.array_equal(whole, features.extract(to_uint8(x), f"classifier:{folder}")[0])
 
 
 def test_the_id_follows_the_weights_and_not_the_place(folder: Path, trained: TrainedClassifier, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def evaluated(digits: ImageSet, folder: Path, tmp_path_factory: pytest.TempPathF
     out = {}
     for name, images_ in sets.items():
         path = save_samples(where / f"{name}.npz", images_, y, {**SETTINGS, "n": 200})
-        out[name] = images.evaluate_images(path, features=f"classifier:{folder}", bootstrap=40)
+        out[name] = evaluate.evaluate_images(path, features=f"classifier:{folder}", bootstrap=40)
     return out
 
 
@@ -249,7 +250,7 @@ def test_a_result_says_what_it_was_measured_on(evaluated: dict[str, dict], folde
 
 
 def test_comparing_gives_differences_of_like_with_like(evaluated: dict[str, dict]) -> None:
-    out = images.compare(evaluated["real"], evaluated["noise"])
+    out = evaluate.compare(evaluated["real"], evaluated["noise"])
     assert out["frechet"]["difference"] == evaluated["noise"]["frechet"] - evaluated["real"]["frechet"]
     assert out["frechet"]["intervals_apart"]
     assert set(out) == {"frechet", "kid", "inception_score", "precision", "recall"}
@@ -271,25 +272,25 @@ def test_comparing_gives_differences_of_like_with_like(evaluated: dict[str, dict
 )
 def test_results_of_different_settings_are_not_compared(evaluated: dict[str, dict], key: str, value: object) -> None:
     with pytest.raises(UsageError, match=key):
-        images.compare(evaluated["real"], {**evaluated["noise"], key: value})
+        evaluate.compare(evaluated["real"], {**evaluated["noise"], key: value})
 
 
 def test_the_reference_can_be_held_out_images_or_a_file(digits: ImageSet, folder: Path, tmp_path: Path) -> None:
     x, y = digits.val
     path = save_samples(tmp_path / "val.npz", x, y, {})
-    held_out = images.evaluate_images(path, split="val", features=f"classifier:{folder}", bootstrap=0)
+    held_out = evaluate.evaluate_images(path, split="val", features=f"classifier:{folder}", bootstrap=0)
     assert held_out["reference"] == "digits:val"
     assert held_out["frechet"] == pytest.approx(0, abs=1e-6)
     assert held_out["frechet_interval"] is None
-    from_file = images.evaluate_images(path, str(path), features=f"classifier:{folder}", bootstrap=0)
+    from_file = evaluate.evaluate_images(path, str(path), features=f"classifier:{folder}", bootstrap=0)
     assert from_file["reference_digest"] == held_out["reference_digest"]
     assert from_file["sampler"] is None
-    told = images.evaluate_images(
+    told = evaluate.evaluate_images(
         path, "npz:" + str(path), features=f"classifier:{folder}", bootstrap=0, settings=SETTINGS
     )
     assert told["sampler"] == "ddim"
     with pytest.raises(UsageError, match="split"):
-        images.evaluate_images(path, split="test", features=f"classifier:{folder}")
+        evaluate.evaluate_images(path, split="test", features=f"classifier:{folder}")
 
 
 def test_stored_features_are_used_as_they_are(tmp_path: Path) -> None:
@@ -297,15 +298,15 @@ def test_stored_features_are_used_as_they_are(tmp_path: Path) -> None:
     ref, gen = rng.normal(size=(80, 5)), rng.normal(size=(60, 5)) + 1
     np.savez(tmp_path / "ref.npz", features=ref, extractor=np.array("x v1"))
     np.savez(tmp_path / "gen.npz", features=gen, probs=np.full((60, 2), 0.5), extractor=np.array("x v1"))
-    result = images.evaluate_images(tmp_path / "gen.npz", str(tmp_path / "ref.npz"), features="npz", bootstrap=0)
+    result = evaluate.evaluate_images(tmp_path / "gen.npz", str(tmp_path / "ref.npz"), features="npz", bootstrap=0)
     assert result["frechet"] == metrics.frechet(ref, gen)
     assert result["inception_score"] == pytest.approx(1)
     assert result["extractor"] == "npz:x v1"
     np.savez(tmp_path / "other.npz", features=gen, extractor=np.array("x v2"))
     with pytest.raises(UsageError, match="x v2"):
-        images.evaluate_images(tmp_path / "other.npz", str(tmp_path / "ref.npz"), features="npz")
+        evaluate.evaluate_images(tmp_path / "other.npz", str(tmp_path / "ref.npz"), features="npz")
     np.savez(tmp_path / "anonymous.npz", features=gen)
     with pytest.raises(UsageError, match="extracted"):
-        images.evaluate_images(tmp_path / "anonymous.npz", str(tmp_path / "ref.npz"), features="npz")
+        evaluate.evaluate_images(tmp_path / "anonymous.npz", str(tmp_path / "ref.npz"), features="npz")
     with pytest.raises(UsageError, match="no images"):
-        images.evaluate_images(tmp_path / "gen.npz", str(tmp_path / "ref.npz"))
+        evaluate.evaluate_images(tmp_path / "gen.npz", str(tmp_path / "ref.npz"))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.arch.dit import tensor_shapes
+from surgery.arch.dit.config import tensor_shapes
 from surgery.errors import CheckpointError, UsageError, printable
 from surgery.store.checkpoint import Checkpoint, Part
 from surgery.store.layout import read_json
@@ -75,7 +75,7 @@ def scheduler_config(base: Checkpoint) -> Mapping[str, Any]:
 def load_model(base: Checkpoint) -> "nn.Module":
     """The transformer as a module in float32 or as stored, evaluation mode; grafted operators come from this package,
     no code from the folder is run. Raises `CheckpointError` when tensors and config do not match."""
-    from surgery.arch.build import model_from_state
+    from surgery.arch.dit.build import model_from_state
 
     part, config = transformer_part(base)
     state = {name: base.read_ref(ref) for name, ref in part.tensors.items()}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from surgery.arch.architectures import ARCHITECTURES
-from surgery.arch.dit import tensor_shapes
-from surgery.arch.operators import modeling_source
+from surgery.arch.dit.config import tensor_shapes
+from surgery.arch.dit.operators import modeling_source
 from surgery.errors import CheckpointError, SurgeryError, UsageError
 from surgery.graph.op import Bytes, Compute, Keep, Plan, PlanContext, Trained
 from surgery.ops.graft import PRESETS, Graft
@@ -340,7 +340,7 @@ def test_values_out_of_range_are_refused_before_any_work(dit: Checkpoint, fields
 
 @pytest.mark.parametrize("loss", ["auto", "l1", "l2", "huber", "huber:1", "huber:0.5", "huber:.5", "huber:2e-1"])
 def test_a_loss_that_the_plan_takes_is_one_that_training_knows(dit: Checkpoint, loss: str) -> None:
-    from surgery.train.distill import DistillSettings
+    from surgery.train.grafting.distill import DistillSettings
 
     plan(dit, "attn=hyena", loss=loss, data="digits")
     DistillSettings(loss=loss)

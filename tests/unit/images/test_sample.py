@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.errors import CheckpointError, OutputError, ResourceError, UsageError
-from surgery.evals import sample as S
+from surgery.evals.images import sample as S
 
 CONFIG = {"in_channels": 1, "out_channels": 1, "sample_size": 4, "num_embeds_ada_norm": 5}
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}

@@ -44,8 +44,8 @@ def evaluate_images(
     The result is plain data for JSON. `inception_score` is None without class probabilities; `notes` says what to be
     careful about. Raises UsageError or CheckpointError as the readers, extractors and metrics do.
     """
-    from surgery.evals import metrics
-    from surgery.evals.sample import load_samples
+    from surgery.evals.images import metrics
+    from surgery.evals.images.sample import load_samples
 
     generated = load_samples(samples)
     if features == "npz":
@@ -60,7 +60,7 @@ def evaluate_images(
         extractor_id, ref_digest = f"npz:{gen_id}", _digest(real)
         name = ref
     else:
-        from surgery.evals.features import extract, open_extractor
+        from surgery.evals.images.features import extract, open_extractor
 
         if generated.images is None:
             raise UsageError("no-images", f"{samples} holds features but no images", hint="use the features npz")
@@ -137,10 +137,10 @@ def compare(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 
 def _reference(ref: str, split: str) -> tuple[str, np.ndarray]:
     """Name and uint8 [n, H, W, C] pixels of the real images."""
-    from surgery.evals.features import to_uint8
+    from surgery.evals.pictures import to_uint8
 
     if ref.endswith(".npz"):
-        from surgery.evals.sample import load_samples
+        from surgery.evals.images.sample import load_samples
 
         found = load_samples(_npz_path(ref)).images
         if found is None:

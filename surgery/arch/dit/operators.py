@@ -1,7 +1,7 @@
 """The operators that a graft can put in place of a DiT block's attention or MLP (arXiv 2506.05340, Tab. 3 and 4).
 
 All that a plan needs of an operator is arithmetic on the width D, the heads H and the tokens N, so nothing here imports
-torch. The modules themselves are in `modeling_dit.py`, the file that travels with grafted weights.
+torch. The modules themselves are in `modeling.py`, the file that travels with grafted weights.
 
 FLOPs count 2 per multiply-add, without biases and activation functions. `core` is what mixes (softmax, convolutions
 between gates, gates, scan; for an MLP everything), `features` what prepares and collects it (projections, featurizer).
@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from surgery.arch import warmstart
-from surgery.arch.operator_spec import Args, Layout, OperatorSpec, Param, Place
+from surgery.arch.dit import warmstart
+from surgery.arch.dit.operator_spec import Args, Layout, OperatorSpec, Param, Place
 from surgery.arch.sources import Constant, LogRange, Shape, Source, Tap, TimeStepBias, Uniform
 from surgery.errors import UsageError, closest
 
@@ -368,5 +368,5 @@ def modeling_source() -> tuple[str, bytes]:
     from hashlib import sha256
     from importlib.resources import files
 
-    content = files("surgery.arch").joinpath("modeling_dit.py").read_bytes()
+    content = files("surgery.arch.dit").joinpath("modeling.py").read_bytes()
     return f"modeling_surgery_dit_{sha256(content).hexdigest()[:8]}.py", content

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery.arch.diffusion import NoiseSchedule, null_label
+from surgery.arch.dit.diffusion import NoiseSchedule, null_label
 from surgery.data.images import ImageSet, check_fits
 from surgery.errors import CheckpointError, NonFiniteLoss, UsageError
-from surgery.train.capture import (
+from surgery.train.grafting.capture import (
     DTYPES,
     Cache,
     Recorded,
@@ -39,9 +39,9 @@ from surgery.train.capture import (
     record_samples,
     sources,
 )
-from surgery.train.operator_store import DistillResult, OperatorStore
+from surgery.train.grafting.operator_store import DistillResult, OperatorStore
+from surgery.train.grafting.workers import run_jobs
 from surgery.train.optim import BatchOrder, learning_rate, weights_digest
-from surgery.train.workers import run_jobs
 
 LOSS_OF_KIND = {"attn": "l1", "mlp": "l2", "pair": "l1"}
 """What "auto" means for each kind of operator: the paper's table 1; block pairs as in its section 6."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.errors import CheckpointError, UsageError, closest
+from surgery.evals.pictures import to_uint8
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Report = Callable[[str, Mapping[str, float]], None]
 Rows = NDArray[np.float64]
 
-DIGITS_CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "digits-classifier"
+DIGITS_CLASSIFIER = Path(__file__).resolve().parents[2] / "assets" / "digits-classifier"
 """The classifier that ships with the package."""
 
 INCEPTION_WIDTH = 2048
@@ -41,12 +42,6 @@ class Extractor:
 
     id: str
     run: Callable[[NDArray[np.uint8]], tuple[Rows, Rows | None]]
-
-
-def to_uint8(images: Any) -> NDArray[np.uint8]:
-    """Float [n, C, H, W] in [-1, 1] to uint8 [n, H, W, C] by clamp(127.5 x + 128, 0, 255), as DiT saves its samples."""
-    x = np.asarray(images, dtype=np.float32)
-    return np.ascontiguousarray(np.clip(127.5 * x + 128.0, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def open_extractor(spec: str) -> Extractor:

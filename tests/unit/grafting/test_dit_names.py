@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from surgery.arch.architectures import ARCHITECTURES
-from surgery.arch.build import build_model, model_from_state
-from surgery.arch.dit import (
+from surgery.arch.dit.build import build_model, model_from_state
+from surgery.arch.dit.config import (
     Dims,
     Graft,
     family,

@@ -13,8 +13,8 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import nn
 
-from surgery.arch import modeling_dit
-from surgery.arch.dit import Dims, family, grafts, initial_values
+from surgery.arch.dit import modeling
+from surgery.arch.dit.config import Dims, family, grafts, initial_values
 from surgery.errors import CheckpointError
 
 
@@ -62,7 +62,7 @@ def _on_meta(config: Mapping[str, Any], where: str) -> nn.Module:
     kind = family(config, where)
     listed = [graft.as_json() for graft in grafts(config, where)]
     if kind.grafted:
-        model_class = getattr(modeling_dit, kind.grafted_class)
+        model_class = getattr(modeling, kind.grafted_class)
         config = {**config, "surgery_grafts": listed}
     else:
         model_class = getattr(diffusers, kind.stock_class)

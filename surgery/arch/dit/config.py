@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.arch.operator_spec import OperatorSpec
-from surgery.arch.operators import (
+from surgery.arch.dit.operator_spec import OperatorSpec
+from surgery.arch.dit.operators import (
     ACTIVATIONS,
     OPERATORS,
     SLOTS,
