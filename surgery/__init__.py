@@ -4,6 +4,7 @@ Importing this package imports nothing heavy. The public calls are loaded on fir
 
     surgery.open("dit-digits")        a checkpoint: names, shapes, digests, lazy reads
     surgery.load("out/g")             the model itself, edited modules rebuilt without running code from the folder
+    surgery.load_processor("out/vlm") what turns text and images into its inputs, for models of transformers
     surgery.apply("graft", ...)       an operation, as the command of that name
     surgery.OPERATORS                 the operators that a graft can put in
 """
@@ -15,14 +16,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "open": "surgery.api:open",
     "load": "surgery.api:load",
+    "load_processor": "surgery.api:load_processor",
     "apply": "surgery.api:apply",
     "OPERATORS": "surgery.arch.dit.operators:OPERATORS",
     "SurgeryError": "surgery.errors:SurgeryError",
 }
-__all__ = ["OPERATORS", "SurgeryError", "__version__", "apply", "load", "open"]
+__all__ = ["OPERATORS", "SurgeryError", "__version__", "apply", "load", "load_processor", "open"]
 
 if TYPE_CHECKING:
-    from surgery.api import apply, load, open
+    from surgery.api import apply, load, load_processor, open
     from surgery.arch.dit.operators import OPERATORS
     from surgery.errors import SurgeryError
 

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from surgery.errors import UsageError
 from surgery.graph.op import build_op, check_parents
 from surgery.graph.run import RunOptions, RunResult, run_op
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.names import open_named
 
-__all__ = ["apply", "load", "open"]
+__all__ = ["apply", "load", "load_processor", "open"]
 
 
 def open(name: str | Path, *, offline: bool = False) -> Checkpoint:
@@ -17,14 +18,33 @@ def open(name: str | Path, *, offline: bool = False) -> Checkpoint:
     return open_named(str(name), offline=offline)
 
 
-def load(name: str | Path | Checkpoint) -> Any:
-    """The diffusion transformer of a checkpoint as a torch module in evaluation mode, grafted operators in place.
+def load(name: str | Path | Checkpoint, *, dtype: str = "auto", attn: str | None = None, device: str = "cpu") -> Any:
+    """The model of a checkpoint as a torch module in evaluation mode: a diffusion transformer with its grafted
+    operators in place, or a language or vision-language model of transformers.
 
-    No code from the folder is run: operators are looked up in this package, an unknown one is refused.
+    `dtype`, `attn` (implementation of attention: eager, sdpa, ...) and `device` are those of
+    `arch.language.load.load_model`; a diffusion transformer comes as it is stored. No code from the folder is run:
+    operators are looked up in this package, model classes in transformers, an unknown one is refused.
     """
-    from surgery.arch.dit.checkpoints import load_model
+    from surgery.arch.language.load import is_language, load_model
 
-    return load_model(name if isinstance(name, Checkpoint) else open(name))
+    base = name if isinstance(name, Checkpoint) else open(name)
+    if is_language(base):
+        return load_model(base, dtype=dtype, attn=attn, device=device)
+    if (dtype, attn) != ("auto", None):
+        raise UsageError(
+            "load", f"{base.name}: dtype and attn are for language models", hint="call .to(dtype) on what load returns"
+        )
+    from surgery.arch.dit.checkpoints import load_model as load_transformer
+
+    return load_transformer(base).to(device)
+
+
+def load_processor(name: str | Path | Checkpoint) -> Any:
+    """What turns text and images into inputs of `load(name)`: the processor or tokenizer in a transformers folder."""
+    from surgery.arch.language.load import load_processor as load_files
+
+    return load_files(name if isinstance(name, Checkpoint) else open(name))
 
 
 def apply(

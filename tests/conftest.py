@@ -162,3 +162,19 @@ def sharded(tiny_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (root / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(document, indent=2))
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LlamaForCausalLM of four layers with random weights and a character tokenizer. Read only."""
+    from tiny_language import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("llama") / "llm", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LlavaForConditionalGeneration with a tower like `tiny_llama`, with processor and chat template. Read only."""
+    from tiny_language import save_llava
+
+    return save_llava(tmp_path_factory.mktemp("llava") / "vlm")
