@@ -1,4 +1,8 @@
-"""Which way imports point, and what may not be imported before it is needed. Read from the sources, nothing is run."""
+"""Which way imports point, and what may not be imported before it is needed. Read from the sources, nothing is run.
+
+The order is errors <- store <- graph <- arch <- data <- steering <- ops, train, evals <- cli: steering attention knows
+models, and is used by operations, measures and commands alike.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ ORDER = (
     ("graph",),
     ("arch",),
     ("data",),
+    ("steering",),
     ("ops", "train", "evals"),
     ("cli", "api", "__main__"),
 )
