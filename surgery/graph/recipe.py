@@ -17,7 +17,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from surgery.errors import CheckpointError, UsageError, closest, printable
+from surgery.errors import UsageError, closest, printable
+from surgery.graph.documents import Lines, fault, load_documents, read_text
 from surgery.graph.op import Op, Plan, PlanContext, build_op, check_parents, op_params
 from surgery.graph.run import Report, RunOptions, RunResult, plan_key, run_op, silent
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
@@ -52,18 +53,18 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe file. Raises `UsageError` with the line of the fault, `CheckpointError` if unreadable."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise CheckpointError(
-            "unreadable", f"{path}: {getattr(err, 'strerror', None) or 'not UTF-8'}", hint="check the path"
-        ) from None
-    document, lines = _load(text, path)
+    text = read_text(path)
+    if "merge_method" in text:
+        from surgery.graph.mergekit_file import is_mergekit, parse_mergekit
+
+        if any(is_mergekit(document) for document, _ in load_documents(text, path, several=True)):
+            return parse_mergekit(text, path)
+    ((document, lines),) = load_documents(text, path, several=False)
     if not isinstance(document, dict):
-        raise _fault(path, 1, "a recipe is a mapping with steps", hint="start with: surgery: 1")
+        raise fault(path, 1, "a recipe is a mapping with steps", hint="start with: surgery: 1")
     _known_keys(document, _TOP, (), lines, path)
     if document.get("surgery") != 1:
-        raise _fault(
+        raise fault(
             path, lines.get(("surgery",), 1), "the first key must be 'surgery: 1'", hint="this is the format's number"
         )
     seed = _seed(document, 0, path, lines.get(("seed",), 1))
@@ -72,18 +73,18 @@ def read_recipe(path: Path) -> Recipe:
         for name, value in names.items():
             if not isinstance(value, str) or not value:
                 line = lines.get((key, name), 1)
-                raise _fault(path, line, f"{key}: {name} must be a name or a path", hint="put quotes around it")
+                raise fault(path, line, f"{key}: {name} must be a name or a path", hint="put quotes around it")
     if not steps:
-        raise _fault(path, 1, "no steps", hint="add at least one step")
+        raise fault(path, 1, "no steps", hint="add at least one step")
     found = {name: _step(name, body, seed, lines, path) for name, body in steps.items()}
     for name in set(inputs) & set(found):
-        raise _fault(
+        raise fault(
             path, lines.get(("steps", name), 1), f"'{name}' is an input and a step", hint="give the step another name"
         )
     for step in found.values():
         for source in step.sources:
             if source not in inputs and source not in found:
-                raise _fault(
+                raise fault(
                     path,
                     step.line,
                     f"step '{step.name}' reads '{source}', which is no input or step",
@@ -91,13 +92,13 @@ def read_recipe(path: Path) -> Recipe:
                 )
     for name in outputs:
         if name not in found:
-            raise _fault(
+            raise fault(
                 path, lines.get(("outputs", name), 1), f"output '{name}' is no step", hint=closest(name, list(found))
             )
         if list(outputs.values()).count(outputs[name]) > 1:
             line = lines.get(("outputs", name), 1)
-            raise _fault(path, line, f"two outputs are called {outputs[name]}", hint="give each its own folder")
-    return Recipe(path, inputs, _in_order(found, path), outputs)
+            raise fault(path, line, f"two outputs are called {outputs[name]}", hint="give each its own folder")
+    return Recipe(path, inputs, in_order(found, path), outputs)
 
 
 def build_steps(recipe: Recipe, load_op: Callable[[str], Any]) -> dict[str, Op]:
@@ -117,19 +118,19 @@ def build_steps(recipe: Recipe, load_op: Callable[[str], Any]) -> dict[str, Op]:
                     line = step.lines.get(name, step.line)
                     given = printable(repr(value), limit=60)
                     what = f"step '{step.name}': {name} must be {_type_words(hint)}, not {given}"
-                    raise _fault(recipe.path, line, what, hint=f"see surgery {step.op.replace('-', ' ')} --help")
+                    raise fault(recipe.path, line, what, hint=f"see surgery {step.op.replace('-', ' ')} --help")
             ops[step.name] = build_op(kind, values)
         except UsageError as err:
             if err.code == "usage.recipe":
                 raise
             # The first key that the operation does not know is what it complained of.
             line = next((at for n, at in step.lines.items() if f"'{n}'" in err.message), step.line)
-            raise _fault(recipe.path, line, f"step '{step.name}': {err.message}", hint=err.hint) from None
+            raise fault(recipe.path, line, f"step '{step.name}': {err.message}", hint=err.hint) from None
         try:
             check_parents(kind, len(step.sources))
         except UsageError as err:
             what = f"step '{step.name}': {err.message}"
-            raise _fault(recipe.path, step.line, what, hint="name them under 'from'") from None
+            raise fault(recipe.path, step.line, what, hint="name them under 'from'") from None
     return ops
 
 
@@ -196,22 +197,22 @@ def _target(outputs: Mapping[str, str], name: str, out: Path | None) -> Path | N
     return Path(outputs[name]) if outputs[name] else None
 
 
-def _step(name: str, body: Any, seed: int, lines: Mapping[tuple[Any, ...], int], path: Path) -> Step:
+def _step(name: str, body: Any, seed: int, lines: Lines, path: Path) -> Step:
     line = lines.get(("steps", name), 1)
     if not isinstance(body, dict) or "op" not in body:
-        raise _fault(path, line, f"step '{name}' has no op", hint="write op: graft, or another operation")
+        raise fault(path, line, f"step '{name}' has no op", hint="write op: graft, or another operation")
     _known_keys(body, _STEP, ("steps", name), lines, path)
     sources = body.get("from", [])
     sources = [sources] if isinstance(sources, str) else sources
     params = body.get("with") or {}
     if not isinstance(sources, list) or not all(isinstance(s, str) for s in sources) or not isinstance(params, dict):
-        raise _fault(
+        raise fault(
             path, line, f"step '{name}': from is a name or a list of names, with is a mapping", hint="see recipes/"
         )
     if not isinstance(body["op"], str):
-        raise _fault(path, lines.get(("steps", name, "op"), line), f"step '{name}': op is no name", hint="op: graft")
+        raise fault(path, lines.get(("steps", name, "op"), line), f"step '{name}': op is no name", hint="op: graft")
     if not all(isinstance(key, str) for key in params):
-        raise _fault(path, line, f"step '{name}': with has a key that is no name", hint="put quotes around it")
+        raise fault(path, line, f"step '{name}': with has a key that is no name", hint="put quotes around it")
     at = {key: lines.get(("steps", name, "with", key), line) for key in params}
     own = _seed(body, seed, path, lines.get(("steps", name, "seed"), line))
     return Step(name, body["op"], tuple(sources), params, own, line, at)
@@ -220,7 +221,7 @@ def _step(name: str, body: Any, seed: int, lines: Mapping[tuple[Any, ...], int],
 def _seed(body: Mapping[str, Any], default: int, path: Path, line: int) -> int:
     seed = body.get("seed", default)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise _fault(path, line, f"seed must be a whole number, not {printable(repr(seed), limit=60)}", hint="seed: 0")
+        raise fault(path, line, f"seed must be a whole number, not {printable(repr(seed), limit=60)}", hint="seed: 0")
     return seed
 
 
@@ -259,7 +260,7 @@ def _type_words(hint: Any) -> str:
     return f"a list, each {found}" if many else found
 
 
-def _in_order(steps: Mapping[str, Step], path: Path) -> tuple[Step, ...]:
+def in_order(steps: Mapping[str, Step], path: Path) -> tuple[Step, ...]:
     from graphlib import CycleError, TopologicalSorter
 
     try:
@@ -267,7 +268,7 @@ def _in_order(steps: Mapping[str, Step], path: Path) -> tuple[Step, ...]:
             TopologicalSorter({n: [s for s in step.sources if s in steps] for n, step in steps.items()}).static_order()
         )
     except CycleError as err:
-        raise _fault(
+        raise fault(
             path,
             steps[err.args[1][0]].line,
             f"steps in a circle: {' -> '.join(err.args[1])}",
@@ -276,10 +277,10 @@ def _in_order(steps: Mapping[str, Step], path: Path) -> tuple[Step, ...]:
     return tuple(steps[n] for n in order)
 
 
-def _mapping(document: Mapping[str, Any], key: str, lines: Mapping[tuple[Any, ...], int], path: Path) -> dict[str, Any]:
+def _mapping(document: Mapping[str, Any], key: str, lines: Lines, path: Path) -> dict[str, Any]:
     value = document.get(key) or {}
     if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
-        raise _fault(path, lines.get((key,), 1), f"{key} must map names to values", hint="see recipes/")
+        raise fault(path, lines.get((key,), 1), f"{key} must map names to values", hint="see recipes/")
     return value
 
 
@@ -287,51 +288,9 @@ def _known_keys(
     body: Mapping[str, Any],
     known: tuple[str, ...],
     at: tuple[Any, ...],
-    lines: Mapping[tuple[Any, ...], int],
+    lines: Lines,
     path: Path,
 ) -> None:
     for key in body:
         if key not in known:
-            raise _fault(path, lines.get((*at, key), 1), f"unknown key '{key}'", hint=closest(str(key), list(known)))
-
-
-def _fault(path: Path, line: int, what: str, *, hint: str) -> UsageError:
-    return UsageError("recipe", f"{path}:{line}: {what}", hint=hint)
-
-
-def _load(text: str, path: Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
-    """The document, and the line of every key; a key that stands twice is a fault."""
-    import yaml
-
-    lines: dict[tuple[Any, ...], int] = {}
-    visited: set[int] = set()
-
-    def walk(node: Any, at: tuple[Any, ...]) -> None:
-        if id(node) in visited:
-            return  # an alias: its keys stand where the anchor is, and it may lead in a circle
-        visited.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            seen: set[Any] = set()
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if not isinstance(key, yaml.ScalarNode):
-                    raise _fault(path, line, "a key is a list or a mapping", hint="keys are words")
-                if key.value in seen and key.value != "<<":
-                    raise _fault(path, line, f"'{key.value}' stands twice", hint="keep one")
-                seen.add(key.value)
-                lines[(*at, key.value)] = line
-                walk(value, (*at, key.value))
-
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        walk(node, ())
-        return yaml.safe_load(text), lines
-    except (yaml.YAMLError, ValueError, RecursionError) as err:
-        mark = getattr(err, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise _fault(
-            path,
-            line,
-            f"not YAML: {getattr(err, 'problem', None) or 'unreadable'}",
-            hint="check indentation and quotes",
-        ) from None
+            raise fault(path, lines.get((*at, key), 1), f"unknown key '{key}'", hint=closest(str(key), list(known)))

@@ -1,0 +1,292 @@
+"""The language tower of a model, and how its tensors answer to those of a text model: pure functions of headers.
+
+A tower is a run of decoder layers `<prefix>layers.N.` with embeddings, final norm and head. Inside it names are
+canonical: `layers.N.suffix`, `embed_tokens.weight`, `norm.weight`, `lm_head.weight`. No architecture is assumed and
+transformers is not imported: a prefix is a candidate when its layers hold everything the donor's hold, in equal shapes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.errors import CheckpointError, UsageError, closest, printable
+
+Shapes = Mapping[str, Sequence[int]]
+
+EMBED, NORM, HEAD = "embed_tokens.weight", "norm.weight", "lm_head.weight"
+_LAYER = re.compile(r"((?:.*?\.)?)layers\.(0|[1-9][0-9]{0,5})\.(.+)")
+_NORMS = (NORM, "embedding_norm.weight", "final_layernorm.weight", "norm.bias")
+_CROSS = "cross_attn."
+# Which key of the config decides a tensor's shape; the first that fits.
+_FIELDS = (
+    (r"self_attn\.(k|v)_proj", "num_key_value_heads"),
+    (r"self_attn\.(q|o)_proj", "num_attention_heads"),
+    (r"(q|k)_norm", "head_dim"),
+    (r"mlp\.|feed_forward\.", "intermediate_size"),
+    (r"norm", "hidden_size"),
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One language tower. `layers` maps each layer's number to {suffix: full name}; `names` maps canonical names
+    outside layers (embeddings, final norm, head) to full names."""
+
+    prefix: str
+    layers: Mapping[int, Mapping[str, str]]
+    names: Mapping[str, str]
+
+    @property
+    def count(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.layers)
+
+    def canonical(self) -> dict[str, str]:
+        """Canonical name -> full name of every tensor of the tower."""
+        inner = {f"layers.{n}.{s}": name for n, layer in self.layers.items() for s, name in layer.items()}
+        return {**inner, **self.names}
+
+
+@dataclass(frozen=True)
+class TowerMap:
+    """Host and donor side by side. `layers` maps host layers to donor layers; `names` maps a canonical name (the
+    host's layer number) to (name in the host, name in the donor). `host_only` and `donor_only` are full names without
+    a counterpart inside the mapped layers, `cross_layers` the host's layers that no text model has."""
+
+    host_prefix: str
+    donor_prefix: str
+    layers: Mapping[int, int]
+    names: Mapping[str, tuple[str, str]]
+    host_only: tuple[str, ...] = ()
+    donor_only: tuple[str, ...] = ()
+    cross_layers: tuple[int, ...] = ()
+    host_count: int = 0
+
+
+def towers(shapes: Shapes) -> list[Tower]:
+    """Every run of layers 0 to n-1 in a checkpoint, in order of first appearance; vision encoders are among them."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for name in shapes:
+        match = _LAYER.fullmatch(name)
+        if match:
+            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = name
+    complete = [
+        (prefix, dict(sorted(layers.items()))) for prefix, layers in found.items() if max(layers) + 1 == len(layers)
+    ]
+    return [Tower(prefix, layers, _outside(prefix, shapes)) for prefix, layers in complete]
+
+
+def language_tower(shapes: Shapes, *, prefix: str | None = None, where: str = "the model") -> Tower:
+    """The language tower of one model alone: the run of layers that has token embeddings beside it.
+
+    `prefix` chooses among several. Raises `CheckpointError` when there is none, `UsageError` when it is not clear.
+    """
+    every = towers(shapes)
+    if prefix is not None:
+        return _named(every, prefix, where)
+    fitting = [t for t in every if EMBED in t.names]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        known = ", ".join(printable(t.prefix) for t in every[:6]) or "none"
+        raise CheckpointError(
+            "no-tower",
+            f"{where}: no language model in it: no layers with embed_tokens.weight beside them",
+            hint=f"prefixes with numbered layers: {known}; choose one with --tower",
+        )
+    raise _ambiguous(fitting, where)
+
+
+def find_towers(
+    host: Shapes,
+    donor: Shapes,
+    *,
+    prefix: str | None = None,
+    layer_map: Mapping[int, int] | None = None,
+    ignore_extra: bool = False,
+    host_name: str = "the host",
+    donor_name: str = "the donor",
+) -> TowerMap:
+    """Map the host's language tower to the donor's layers.
+
+    Exactly one prefix of the host may fit. Mllama's cross-attention layers have no counterpart: the donor's layers go
+    to the others in order. `layer_map` (host to donor) replaces the mapping; layers outside it are left alone.
+    Raises `CheckpointError` naming up to three tensors with both shapes, `UsageError` when several prefixes fit.
+    """
+    theirs = language_tower(donor, where=donor_name)
+    every = towers(host)
+    if prefix is not None:
+        every = [_named(every, prefix, host_name)]
+    tried = [_Fit.of(tower, theirs, host, donor, layer_map, ignore_extra) for tower in every]
+    fitting = [fit for fit in tried if not fit.faults]
+    if len(fitting) > 1:
+        with_tokens = [fit for fit in fitting if EMBED in fit.tower.names]
+        fitting = with_tokens if len(with_tokens) == 1 else fitting
+    if len(fitting) == 1:
+        return fitting[0].mapping(theirs)
+    if fitting:
+        raise _ambiguous([fit.tower for fit in fitting], host_name)
+    if not tried:
+        raise CheckpointError(
+            "no-tower", f"{host_name}: no numbered decoder layers in its names", hint="see surgery inspect --tensors"
+        )
+    nearest = min(tried, key=lambda fit: (EMBED not in fit.tower.names, fit.wrong, -fit.tower.count))
+    raise CheckpointError(
+        "incompatible",
+        f"{host_name} has no tower that {donor_name} fits; the nearest is '{printable(nearest.tower.prefix)}': "
+        + "; ".join(nearest.faults[:3]),
+        hint=nearest.hint or "host and donor must come from the same base model",
+    )
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One candidate prefix against the donor's layers; without `faults` it fits."""
+
+    tower: Tower
+    layers: Mapping[int, int]
+    cross: tuple[int, ...]
+    faults: tuple[str, ...]
+    wrong: int  # how many tensors do not fit
+    hint: str
+
+    @classmethod
+    def of(
+        cls,
+        tower: Tower,
+        theirs: Tower,
+        host: Shapes,
+        donor: Shapes,
+        layer_map: Mapping[int, int] | None,
+        ignore_extra: bool,
+    ) -> "_Fit":
+        cross = tuple(n for n, layer in tower.layers.items() if any(s.startswith(_CROSS) for s in layer))
+        own = [n for n in tower.layers if n not in cross]
+        faults: list[str] = []
+        hint = ""
+        if layer_map is not None:
+            pairs = dict(sorted(layer_map.items()))
+            for mine, other in pairs.items():
+                if mine not in tower.layers or other not in theirs.layers:
+                    faults.append(f"--layer-map {mine}:{other} names a layer that is not there")
+            pairs = {m: o for m, o in pairs.items() if m in tower.layers and o in theirs.layers}
+        else:
+            pairs = dict(zip(own, sorted(theirs.layers), strict=False))
+            if len(own) != theirs.count:
+                beside = f" beside {len(cross)} with cross-attention" if cross else ""
+                faults.append(
+                    f"num_hidden_layers: it has {len(own)} layers{beside}, the donor {theirs.count} (config field "
+                    "num_hidden_layers)"
+                )
+                hint = "models of another depth have another base; --layer-map HOST:DONOR,... pairs layers by hand"
+        wrong = 0
+        for mine, other in pairs.items():
+            for suffix, name in theirs.layers[other].items():
+                full = tower.layers[mine].get(suffix)
+                if full is None:
+                    if ignore_extra:
+                        continue
+                    wrong += 1
+                    if wrong <= 3:
+                        faults.append(f"the host has no '{printable(suffix)}' in layer {mine}")
+                        hint = hint or "another architecture; --ignore-extra leaves out what only the donor has"
+                elif tuple(host[full]) != tuple(donor[name]):
+                    wrong += 1
+                    if wrong <= 3:
+                        field = explaining_field(suffix)
+                        because = f" (config field {field})" if field else ""
+                        faults.append(
+                            f"'{printable(full)}' is {list(host[full])} and '{printable(name)}' {list(donor[name])}"
+                            + because
+                        )
+        return cls(tower, pairs, cross, tuple(faults), wrong + 1000 * bool(faults and not pairs), hint)
+
+    def mapping(self, theirs: Tower) -> TowerMap:
+        names: dict[str, tuple[str, str]] = {}
+        host_only: list[str] = []
+        donor_only: list[str] = []
+        for mine, layer in self.tower.layers.items():
+            other = theirs.layers[self.layers[mine]] if mine in self.layers else {}
+            for suffix, full in layer.items():
+                if suffix in other:
+                    names[f"layers.{mine}.{suffix}"] = (full, other[suffix])
+                else:
+                    host_only.append(full)
+            donor_only += [name for suffix, name in other.items() if suffix not in layer]
+        for canonical, full in self.tower.names.items():
+            if canonical in theirs.names:
+                names[canonical] = (full, theirs.names[canonical])
+            else:
+                host_only.append(full)
+        donor_only += [name for canonical, name in theirs.names.items() if canonical not in self.tower.names]
+        return TowerMap(
+            self.tower.prefix,
+            theirs.prefix,
+            self.layers,
+            names,
+            tuple(host_only),
+            tuple(donor_only),
+            self.cross,
+            self.tower.count,
+        )
+
+
+def explaining_field(suffix: str) -> str:
+    """The config key that decides the shape of a tensor with this name; "" where none is known."""
+    return next((field for pattern, field in _FIELDS if re.search(pattern, suffix)), "")
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, from a checkpoint's tensors."""
+    return {name: tuple(ref.shape) for name, ref in tensors.items()}
+
+
+def parse_layer_map(text: str) -> dict[int, int]:
+    """`i:j,k:l` as {host layer: donor layer}. Raises `UsageError`."""
+    found: dict[int, int] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", item)
+        if match is None or int(match[1]) in found:
+            raise UsageError(
+                "layer-map", f"--layer-map {printable(text)}: '{printable(item)}' is no new pair", hint="write 0:0,1:2"
+            )
+        found[int(match[1])] = int(match[2])
+    return found
+
+
+def _outside(prefix: str, shapes: Shapes) -> dict[str, str]:
+    """Canonical -> full name of what belongs to the tower at `prefix` outside its layers."""
+    names: dict[str, str] = {}
+    if f"{prefix}{EMBED}" in shapes:
+        names[EMBED] = f"{prefix}{EMBED}"
+    for norm in _NORMS:
+        if f"{prefix}{norm}" in shapes:
+            names[norm if norm == "norm.bias" else NORM] = f"{prefix}{norm}"
+    above = prefix.removesuffix("model.") if prefix.endswith("model.") else prefix
+    for start in dict.fromkeys(
+        (prefix, above, above.removesuffix("model."), above.removesuffix("model.language_"), "")
+    ):
+        if f"{start}{HEAD}" in shapes and EMBED in names:
+            names[HEAD] = f"{start}{HEAD}"
+            break
+    return names
+
+
+def _named(every: list[Tower], prefix: str, where: str) -> Tower:
+    wanted = prefix.removesuffix("layers.").removesuffix(".")
+    wanted = f"{wanted}." if wanted else ""
+    for tower in every:
+        if tower.prefix == wanted:
+            return tower
+    known = [printable(t.prefix) for t in every]
+    raise UsageError(
+        "tower",
+        f"--tower {printable(prefix)}: {where} has no layers there",
+        hint=closest(wanted, known) if known else "it has no numbered layers at all",
+    )
+
+
+def _ambiguous(fitting: list[Tower], where: str) -> UsageError:
+    shown = ", ".join(f"{printable(t.prefix)} ({t.count} layers)" for t in fitting[:6])
+    return UsageError("tower", f"{where}: several towers fit: {shown}", hint="choose one with --tower PREFIX")
