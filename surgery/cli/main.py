@@ -50,7 +50,12 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
             "images": (
                 "surgery.cli.images:eval_images",
                 "Frechet distance, KID, precision and recall of sampled images.",
-            )
+            ),
+            "vqa": (
+                "surgery.cli.vqa:eval_vqa",
+                "Ask a vision-language model questions and score its answers by rules.",
+            ),
+            "compare": ("surgery.cli.vqa:compare", "Compare two evaluations item by item."),
         },
     ),
 }

@@ -69,7 +69,7 @@ def load_model(base: Checkpoint, *, dtype: str = "auto", attn: str | None = None
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if attn is not None:
         options["attn_implementation"] = attn
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model, info = kind.from_pretrained(
                 base.root,
@@ -123,7 +123,7 @@ def load_processor(base: Checkpoint) -> Any:
     import transformers
 
     kind = transformers.AutoProcessor if with_images else transformers.AutoTokenizer
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             return kind.from_pretrained(base.root, local_files_only=True, trust_remote_code=False)
         except ImportError as err:
@@ -209,7 +209,7 @@ def _check(base: Checkpoint, info: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars and reports of transformers: what is wrong is said by our errors. Settings are put back."""
     from transformers.utils import logging
 

@@ -1,0 +1,149 @@
+"""Extraction and scoring: what the rules find in what models write, and what counts as right."""
+
+import pytest
+
+from surgery.evals.vqa.answers import extract, is_right
+from surgery.evals.vqa.rows import Item
+
+PETS = ("a cat", "a dog", "three birds", "none of them")
+
+
+def item(kind: str, answer: str, *, choices: tuple[str, ...] = (), precision: int | None = None) -> Item:
+    return Item("1", "?", answer, choices=choices, answer_type=kind, precision=precision)
+
+
+CHOICES: dict[str, str | None] = {
+    "B": "B",
+    "b": "B",
+    "(C)": "C",
+    "C.": "C",
+    "C) three birds": "C",
+    "**D**": "D",
+    "B: a dog": "B",
+    "a dog": "B",
+    "A dog.": "B",
+    "Option D": "D",
+    "The answer is C": "C",
+    "The answer is (c).": "C",
+    "Answer: B. a dog": "B",
+    "the answer is a dog": "B",
+    "The correct answer is option A.": "A",
+    "I think A is wrong and B too. The answer is C.": "C",
+    "The answer is A? No: wait. The answer is D.": "D",
+    "So we get \\boxed{B}": "B",
+    "\\boxed{A} was wrong, rather \\boxed{\\text{C}}": "C",
+    "First (A) fails, then (B) fails, so (D)": "D",
+    "A quick look shows three birds on a wire.": "C",
+    "\\boxed{A} then \\boxed{ {B} } then \\boxed{D": "B",
+    "I see nothing": None,
+    "A thing is there": None,
+    "": None,
+    "E": None,
+    "I am sure": None,
+    "It is a cat or a dog": None,
+}
+
+
+@pytest.mark.parametrize("response", CHOICES)
+def test_letters(response: str) -> None:
+    assert extract(item("choice", "A", choices=PETS), response) == CHOICES[response]
+
+
+NUMBERS: dict[str, str | None] = {
+    "7": "7",
+    "-7": "-7",
+    "−7": "-7",
+    "It is 7.": "7",
+    "7.0": "7",
+    "1,234": "1234",
+    "1,234,567.5": "1234567.5",
+    "2e3": "2000",
+    "3 + 4 = 7": "7",
+    "from 3 to 12 apples": "12",
+    "3/4": "0.75",
+    "\\frac{3}{4}": "0.75",
+    "\\boxed{\\dfrac{-1}{2}}": "-0.5",
+    "so $x=5$": "5",
+    "The answer is 12 because 3*4 is 12 and not 13": "13",
+    "The answer is 12.\nThree times 4.": "12",
+    "Answer: 0.5 m": "0.5",
+    "\\boxed{42} and 17": "42",
+    "1/0": "0",
+    "50%": "50",
+    "v2": None,
+    "none": None,
+    "1e9999": None,
+    "9" * 70: None,
+}
+
+
+@pytest.mark.parametrize("response", NUMBERS)
+def test_numbers(response: str) -> None:
+    assert extract(item("float", "1"), response) == NUMBERS[response]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "precision", "said", "right"),
+    [
+        ("integer", "7", None, "7.0", True),
+        ("integer", "7", None, "7.4", False),
+        ("float", "0.33", 2, "0.335", True),  # half a unit of the last decimal, as the data sets define it
+        ("float", "0.33", 2, "0.3351", False),
+        ("float", "0.33", 2, "1/3", True),
+        ("float", "2.5", 1, "2.55", True),
+        ("float", "2.5", 1, "2.44", False),
+        ("float", "100", 0, "1e2", True),
+        ("string", "Red Car", None, "red  car.", True),
+        ("string", "red car", None, "The answer is: Red Car", True),
+        ("string", "red", None, "red car", False),
+        ("string", "1000", None, "1,000", True),
+        ("list", "[1, 2, 3]", None, "so [1,2,3]", True),
+        ("list", "[1, 2, 3]", None, "(1, 2.0, 3)", True),
+        ("list", "[1, 2, 3]", None, "[3, 2, 1]", False),
+        ("list", "[1, 2]", None, "[1, 2, 3]", False),
+        ("list", "['a', 'b']", None, "[a, B]", True),
+    ],
+)
+def test_what_counts_as_right(kind: str, answer: str, precision: int | None, said: str, right: bool) -> None:
+    asked = item(kind, answer, precision=precision)
+    assert is_right(asked, extract(asked, said)) is right
+
+
+def test_what_is_not_found_is_wrong() -> None:
+    assert not is_right(item("string", "None"), None)
+    assert extract(item("list", "[1]"), "no list") is None
+
+
+@pytest.mark.parametrize("kind", ["choice", "integer", "float", "string", "list"])
+def test_what_a_model_writes_is_never_run(kind: str) -> None:
+    import builtins
+    import sys
+
+    asked = item(kind, "A", choices=PETS if kind == "choice" else (), precision=0)
+    seen: list[str] = []
+    armed = [True]
+    watched = {"exec", "compile", "os.system", "subprocess.Popen", "open", "import"}
+    sys.addaudithook(lambda event, args: seen.append(event) if armed[0] and event in watched else None)
+    extract(asked, "1")  # compiles its patterns once
+    seen.clear()
+    for text in ("__import__('os').system('touch ran')", "eval('1+1')", "[].__class__", "\\boxed{open('x','w')}"):
+        is_right(asked, extract(asked, text))
+    armed[0] = False
+    assert set(seen) - {"compile"} == set() and builtins.eval is eval
+
+
+def test_hostile_lengths_end_soon() -> None:
+    import time
+
+    start = time.process_time()
+    for text in (
+        "\\boxed{" * 20_000,
+        "answer is " * 20_000,
+        "(" * 100_000,
+        "1," * 100_000,
+        "[" * 100_000,
+        " " * 99_999 + "x",
+    ):
+        for kind in ("choice", "integer", "string", "list"):
+            extract(item(kind, "A", choices=PETS if kind == "choice" else ()), text)
+    assert time.process_time() - start < 5
