@@ -51,6 +51,11 @@ def side_files(base: Checkpoint, edited: Mapping[str, Any] | None = None) -> tup
     return tuple(files) + tuple(SideFile(n, content=json_bytes(value)) for n, value in edited.items())
 
 
+def indexes(base: Checkpoint) -> tuple[SideFile, ...]:
+    """The indexes of a checkpoint's shards, for an output that has the same files."""
+    return tuple(SideFile(p.index, source=str(base.root / p.index)) for p in base.parts.values() if p.index)
+
+
 def json_bytes(value: Any) -> bytes:
     """A JSON side file as Hugging Face libraries write it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

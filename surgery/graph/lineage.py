@@ -18,7 +18,7 @@ from surgery.store.checkpoint import Checkpoint, content_digest
 from surgery.store.header import read_header
 from surgery.store.layout import LINEAGE_FILE
 
-_UNHASHED = ("record", "created", "environment")
+_UNHASHED = ("record", "created", "environment", "measured")
 _NUMBER = r"(?<=\.)[0-9]{1,9}(?=\.)"  # the index of a block inside a tensor's name
 
 
@@ -62,8 +62,10 @@ def make_record(
     files: list[dict[str, Any]],
     environment: Mapping[str, Any],
     training: Mapping[str, Any],
+    measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256."""
+    """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256. `measured` is
+    left out of the record's digest: sums of floats differ in their last digits from one processor to another."""
     names = _parent_names(parents)
     edits = [_plain(edit) for edit in plan.config_edits]
     ancestors: dict[str, Any] = {}
@@ -99,6 +101,8 @@ def make_record(
         "environment": dict(environment),
         "ancestors": ancestors,
     }
+    if measured:
+        record["measured"] = _plain(measured)
     record["record"] = record_digest(record)
     return record
 

@@ -67,7 +67,8 @@ class Bytes(Entry):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute(Entry):
     """`op.run` makes it from `refs`. `how` is the operation's own note of what to do; `random` asks for a seeded
-    generator. `sources` says which parent each ref lies in, where that is not `parent` for all of them."""
+    generator. `sources` says which parent each ref lies in, where that is not `parent` for all of them. `streamed`:
+    `op.stream` makes it instead, in pieces, so that neither inputs nor output are ever whole in memory."""
 
     how: Any
     refs: tuple[TensorRef, ...] = ()
@@ -75,6 +76,7 @@ class Compute(Entry):
     sources: tuple[int, ...] = ()
     scratch: int = 0
     random: bool = False
+    streamed: bool = False
 
     @property
     def inputs(self) -> tuple[tuple[int, TensorRef], ...]:
@@ -110,7 +112,8 @@ class Plan:
 
     `report` is what `--dry-run --json` prints (made of JSON values); `config_edits` are (path, old, new); `inputs` are
     digests of data that is read beside the parents, and part of the node's identity. `regroup` puts all tensors, kept
-    ones too, into new files of at most so many bytes, in natural order of names.
+    ones too, into new files of at most so many bytes, in natural order of names. `mirror` is a parent whose files the
+    output repeats: their names, the order in them and, where nothing but values changes, their headers.
     """
 
     entries: tuple[Entry, ...]
@@ -122,6 +125,7 @@ class Plan:
     report: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     regroup: int | None = None
+    mirror: Checkpoint | None = None
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""
@@ -173,7 +177,13 @@ class Op(Protocol):
         ...
 
     def run(self, task: Compute, tensors: "list[torch.Tensor]", generator: "torch.Generator | None") -> "torch.Tensor":
-        """One output tensor from its inputs; pure: equal inputs give equal bits."""
+        """One output tensor from its inputs; pure: equal inputs give equal bits.
+
+        Two more methods are optional. `stream(task, readers, seed)` yields the bytes of a `streamed` entry in order,
+        as flat buffers that it may use again; `seed` is that of this tensor. `measure(plan, seed, *parents)` returns
+        JSON values about the change, taken from the parents before anything is written; the lineage keeps them beside
+        what is hashed.
+        """
         ...
 
 

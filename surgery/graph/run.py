@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -36,6 +37,7 @@ from surgery.graph.shards import Shard, plan_shards
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import LINEAGE_FILE
+from surgery.store.reader import open_reader
 from surgery.store.record import read_record
 from surgery.store.writer import PlannedFile, Workspace, check_target
 
@@ -103,6 +105,8 @@ def run_op(
         return RunResult(out, found, found=True)
     check_target(out, overwrite=options.overwrite)
     notice(plan)
+    measure = getattr(op, "measure", None)
+    measured = measure(plan, options.seed, *parents) if measure is not None else {}
     shards, indexes = plan_shards(plan, key=key, shard_size=options.shard_size)
     with Workspace(out, key, resume=options.resume, overwrite=options.overwrite) as space:
         space.check_space(sum(s.file.size for s in shards))
@@ -136,6 +140,7 @@ def run_op(
             files=files,
             environment=environment,
             training=trained.record,
+            measured=measured,
         )
         space.put_file(LINEAGE_FILE, encode(record))
         space.publish()
@@ -292,6 +297,13 @@ def _write(
 
     def make(job: _Job) -> str:
         file, entry = job
+        if isinstance(entry, Compute) and entry.streamed:
+            state, at = hashlib.sha256(), 0
+            for piece in stream_bytes(op, entry, parents, options.seed):
+                space.write_piece(file, entry.name, piece, at)
+                state.update(piece)
+                at += len(piece)
+            return state.hexdigest()
         data = _entry_bytes(op, entry, parents, trained, options)
         space.write(file, entry.name, data)
         return hashlib.sha256(data).hexdigest()
@@ -400,8 +412,28 @@ def seeded(seed: int, op: Op, name: str) -> Any:
     """The generator of one output tensor: independent of order, workers and the other tensors."""
     import torch
 
+    return torch.Generator().manual_seed(tensor_seed(seed, op, name))
+
+
+def tensor_seed(seed: int, op: Op, name: str) -> int:
+    """The seed of one output tensor, 63 bits."""
     text = f"{seed}\0{op.name}\0{op.version}\0{name}".encode("utf-8", "surrogatepass")
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1)
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def stream_bytes(op: Op, entry: Compute, parents: list[Checkpoint], seed: int) -> Iterator[memoryview]:
+    """The bytes of a streamed entry in order, in pieces; a piece is valid until the next one is asked for."""
+    count = 0
+    with ExitStack() as opened:
+        readers = [opened.enter_context(open_reader(parents[at], ref)) for at, ref in entry.inputs]
+        for piece in op.stream(entry, readers, tensor_seed(seed, op, entry.full_name)):  # type: ignore[attr-defined]
+            view = memoryview(piece).cast("B")
+            count += len(view)
+            yield view
+    if count != entry.nbytes:
+        raise CheckpointError(
+            "bad-plan", f"'{printable(entry.full_name)}' came out as {count} bytes", hint="a fault in the operation"
+        )
 
 
 def _check_journal(space: Workspace, shards: list[Shard]) -> None:

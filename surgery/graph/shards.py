@@ -3,9 +3,11 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from surgery.errors import CheckpointError, UsageError
 from surgery.graph.op import Entry, Keep, Plan
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.header import DTYPE_BITS, read_header
 from surgery.store.layout import natural
 from surgery.store.writer import PlannedFile
@@ -30,7 +32,10 @@ def plan_shards(
     Kept tensors stay in the grouping of the parent's files, so that an untouched file moves as one range; new tensors
     get files of their own. Small parts become one file. A `shard_size` in bytes holds for every file (a tensor that is
     larger stands alone); without one it is `SHARD_SIZE` for new tensors, and kept files may be as large as they were.
+    A plan that mirrors a parent has that one's files, with its index among the plan's own files.
     """
+    if plan.mirror is not None and shard_size is None:
+        return _mirrored(plan, plan.mirror, key)
     shards: list[Shard] = []
     indexes: dict[str, dict[str, str]] = {}
     by_part: dict[str, list[Entry]] = {p.part: [] for p in plan.parts}
@@ -55,6 +60,40 @@ def plan_shards(
         if len(groups) > 1:
             indexes[f"{prefix}{part.base}.safetensors.index.json"] = weight_map
     return shards, indexes
+
+
+def _mirrored(plan: Plan, parent: Checkpoint, key: str) -> tuple[list[Shard], dict[str, dict[str, str]]]:
+    """The parent's files again: the same names and order, and its header bytes where every tensor is as it was but for
+    its values. Only an index that says something else than the parent's is returned: the plan copies that one."""
+    shards: list[Shard] = []
+    indexes: dict[str, dict[str, str]] = {}
+    by_name = {(e.part, e.name): e for e in plan.entries}
+    bases = {p.part: p.base for p in plan.parts}
+    for part in parent.parts.values():
+        prefix = f"{part.name}/" if part.name else ""
+        weight_map: dict[str, str] = {}
+        changed = False
+        for file in part.files:
+            refs = sorted((r for r in part.tensors.values() if r.file == file), key=lambda r: (r.offset, r.name))
+            group = [by_name[part.name, r.name] for r in refs]
+            stem = Path(file).name if parent.layout != "file" else f"{bases[part.name]}.safetensors"
+            same = all((e.dtype, e.shape) == (r.dtype, r.shape) for e, r in zip(group, refs, strict=True))
+            whole = _like(prefix + stem, file) if same else None
+            shards.append(Shard(whole or _file(prefix + stem, group, key), tuple(group)))
+            weight_map |= dict.fromkeys((r.name for r in refs), stem)
+            changed = changed or whole is None
+        if part.index is not None and changed:  # its total size is another now
+            indexes[part.index] = weight_map
+    return shards, indexes
+
+
+def _like(relative: str, file: str) -> PlannedFile:
+    """A file with the header of another."""
+    header = read_header(file)
+    with open(file, "rb") as handle:
+        raw = handle.read(header.data_start)
+    places = {n: (header.data_start + t.start, t.stop - t.start) for n, t in header.tensors.items()}
+    return PlannedFile(relative, raw, places, header.file_size)
 
 
 def parse_size(text: str) -> int:

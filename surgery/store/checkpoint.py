@@ -45,6 +45,7 @@ class Part:
     config_file: str | None
     files: tuple[str, ...]
     oddities: tuple[str, ...] = ()
+    index: str | None = None  # relative to the root
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,9 @@ def open_checkpoint(
     from dataclasses import replace
 
     inside = f"{part}/"
-    lone = replace(parts[part], name="", config_file="config.json" if parts[part].config_file else None)
+    own = parts[part]
+    index = own.index.removeprefix(inside) if own.index else None
+    lone = replace(own, name="", config_file="config.json" if own.config_file else None, index=index)
     side, ignored = (
         tuple(n.removeprefix(inside) for n in names if n.startswith(inside))
         for names in (layout.side_files, layout.ignored)
@@ -271,7 +274,7 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
                 "malformed", f"{layout.root / part.config}: not a JSON object", hint="the config is damaged"
             )
     files = tuple(str(layout.root / f) for f in part.files)
-    return Part(part.name, part.base, tensors, config, part.config, files, tuple(oddities))
+    return Part(part.name, part.base, tensors, config, part.config, files, tuple(oddities), part.index)
 
 
 def _check_index(part: PartLayout, in_file: Mapping[str, str], shown: str) -> None:

@@ -177,6 +177,18 @@ class Workspace:
         except OSError as err:
             raise_os(err, self._shown)
 
+    def write_piece(self, planned: PlannedFile, name: str, data: Any, at: int) -> None:
+        """Put some bytes of tensor `name` at byte `at` of it."""
+        offset, count = planned.places[name]
+        if at + len(data) > count:
+            raise OutputError(
+                "wrong-size", f"'{name}' has more than the {count} bytes planned", hint="a fault in the operation"
+            )
+        try:
+            _pwrite(self._files[planned.relative], data, offset + at)
+        except OSError as err:
+            raise_os(err, self._shown)
+
     def copy_range(self, planned: PlannedFile, at: int, source: int, start: int, count: int) -> None:
         """Move `count` bytes from descriptor `source` at `start` to file offset `at`, inside the kernel if it can."""
         try:
