@@ -232,8 +232,7 @@ def _attention(
         state.hits[module.layer_idx] += 1
     if all(a.identity for _, a, _ in acting) and not any(s.trace is not None for s in states):
         return output, weights
-    # Weights of the rows as the backend computed them would show the unsteered model: none are better than wrong ones.
-    return _override(base, module, query, key, value, attention_mask, output, acting, kwargs), None
+    return _override(base, module, query, key, value, attention_mask, (output, weights), acting, kwargs)
 
 
 def _override(
@@ -243,10 +242,11 @@ def _override(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: Any,
-    output: torch.Tensor,
+    result: tuple[torch.Tensor, torch.Tensor | None],
     acting: list[tuple[Steering, Applied, torch.Tensor]],
     kwargs: Mapping[str, Any],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    output, weights = result
     (batch, heads, length, width), (groups, count) = query.shape, key.shape[1:3]
     device, offset, layer = query.device, acting[0][0].offset, module.layer_idx
     total = offset + length
@@ -278,15 +278,19 @@ def _override(
         at = tuple(offset + r for r in rows)
         state.trace.append(TraceRow(layer, at, first, p_BHRK.detach(), plain.detach(), columns))  # type: ignore[union-attr]
     if not bool(touched.any()):
-        return output
+        return output, weights
     o_BGRd = p_BHRK.view(batch, groups, -1, count) @ value.float()
     o_BHRd = o_BGRd.view(batch, heads, len(rows), value.shape[-1])
     new = torch.where(touched, o_BHRd.to(output.dtype), output[:, rows].transpose(1, 2)).transpose(1, 2)
+    if weights is not None and kwargs.get("output_attentions"):
+        # Whoever asks for weights gets those that were used; the reference code returns unsteered ones.
+        weights = weights.clone()
+        weights[:, :, rows] = torch.where(touched, p_BHRK.to(weights.dtype), weights[:, :, rows])
     if rows == list(range(length)):
-        return new.contiguous()
+        return new.contiguous(), weights
     output = output.clone()
     output[:, rows] = new
-    return output
+    return output, weights
 
 
 def _changes(applied: Applied, alpha: torch.Tensor, layer: int) -> torch.Tensor:
@@ -358,8 +362,17 @@ _MODES: Mapping[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.
 # --- putting it on a model --------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _InUse:
+    """A steered model: its backend before, the hook on its text model, and how many blocks steer it."""
+
+    before: str
+    watch: Any
+    blocks: int = 0
+
+
 _LOCK = threading.RLock()
-_IN_USE: dict[int, list[Any]] = {}  # id of a text config -> [how many blocks steer it, its backend before]
+_IN_USE: dict[int, _InUse] = {}  # by the id of the text config
 
 
 @contextmanager
@@ -370,23 +383,24 @@ def steering(model: Any, state: Steering) -> Iterator[Steering]:
     """
     config = state.config
     with _LOCK:
-        users = _IN_USE.setdefault(id(config), [0, config._attn_implementation])
-        if users[0] == 0:
-            _set_backend(model, config, backend(users[1]))
-        users[0] += 1
-    decoder = model.get_decoder()
-    watch = decoder.register_forward_pre_hook(partial(_begin, state), with_kwargs=True)
+        if id(config) not in _IN_USE:
+            before = config._attn_implementation
+            _set_backend(model, config, backend(before))
+            watch = model.get_decoder().register_forward_pre_hook(_begin, with_kwargs=True)
+            _IN_USE[id(config)] = _InUse(before, watch)
+        _IN_USE[id(config)].blocks += 1
     token = _STACK.set((*_STACK.get(), state))
     try:
         yield state
     finally:
         _STACK.reset(token)
-        watch.remove()
         with _LOCK:
-            users[0] -= 1
-            if users[0] == 0:
+            use = _IN_USE[id(config)]
+            use.blocks -= 1
+            if use.blocks == 0:
                 del _IN_USE[id(config)]
-                _set_backend(model, config, users[1])
+                use.watch.remove()
+                _set_backend(model, config, use.before)
 
 
 def _set_backend(model: Any, config: Any, name: str) -> None:
@@ -397,11 +411,14 @@ def _set_backend(model: Any, config: Any, name: str) -> None:
     model.set_attn_implementation(name)
 
 
-def _begin(state: Steering, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Before a forward of the text model: which positions does it hold? Other threads' forwards pass by."""
-    if state not in _STACK.get():
+def _begin(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Before a forward of the text model: which positions does it hold? Forwards of other threads see no state."""
+    states = [s for s in _STACK.get() if s.config is module.config]
+    if not states:
         return
     shown = kwargs.get("inputs_embeds")
     shown = shown if shown is not None else kwargs.get("input_ids", args[0] if args else None)
     cache = kwargs.get("past_key_values")
-    state.begin(int(cache.get_seq_length()) if cache is not None else 0, shown.shape[1], shown.shape[0])
+    offset = int(cache.get_seq_length()) if cache is not None else 0
+    for state in states:
+        state.begin(offset, shown.shape[1], shown.shape[0])

@@ -132,6 +132,7 @@ def prepare(
 ) -> Steering:
     """The state that `steer` puts on the stack."""
     patches = (patch,) if isinstance(patch, Patch) else tuple(patch)
+    config = text_config(model)
     ids = inputs.get("input_ids") if inputs is not None else None
     if not patches or (ids is None and keys is None):
         raise UsageError("steering", "the prompt's positions are unknown", hint="pass inputs with input_ids, or a mask")
@@ -142,7 +143,7 @@ def prepare(
         _check_keys(chosen, one)
         rows = steered_rows(one.rows, chosen, attention)
         applied.append(Applied(rule_of(model, one), _alphas(one, alpha, chosen.shape[0]), chosen, rows))
-    return Steering(text_config(model), applied, trace=trace)
+    return Steering(config, applied, trace=trace)
 
 
 def rule_of(model: Any, patch: Patch) -> Rule:

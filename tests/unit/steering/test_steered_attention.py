@@ -251,7 +251,7 @@ def test_permuting_image_keys_with_their_values_changes_nothing() -> None:
     module = SimpleNamespace(layer_idx=0)
     acting = [(state, *pair) for pair in state.acting(0)]
     out = [
-        _override("sdpa", module, q, k[:, :, o], v[:, :, o], None, torch.zeros(1, 1, 4, 8), acting, {})
+        _override("sdpa", module, q, k[:, :, o], v[:, :, o], None, (torch.zeros(1, 1, 4, 8), None), acting, {})[0]
         for o in (torch.arange(10), order)
     ]
     torch.testing.assert_close(out[0], out[1], atol=1e-6, rtol=0)
