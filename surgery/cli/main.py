@@ -58,6 +58,14 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
             "compare": ("surgery.cli.vqa:compare", "Compare two evaluations item by item."),
         },
     ),
+    "probe": (
+        "Look into a model: which parts of it do what.",
+        {"layers": ("surgery.cli.layers:probe_layers", "Change one layer at a time and measure what it costs.")},
+    ),
+    "sweep": (
+        "Measure many edits of a model without writing them.",
+        {"merge": ("surgery.cli.layers:sweep_merge", "Merges at several shares and layers, chosen on held-out items.")},
+    ),
 }
 
 _WIDE = {"max_content_width": 110}

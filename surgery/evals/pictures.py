@@ -174,9 +174,12 @@ def curves(
     y_label: str = "loss",
     title: str = "",
     log_y: bool = True,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    whole_x: bool = False,
 ) -> Path:
     """A PNG of named (x, y) series, y on a log axis. Values that the axis cannot show (not finite, or not positive on a
-    log axis) are left out. Raises UsageError when nothing remains to show, ResourceError without matplotlib.
+    log axis) are left out. `bands` shades (x, low, high) behind the series of the same name; `whole_x` labels x at
+    whole numbers only. Raises UsageError when nothing remains to show, ResourceError without matplotlib.
     """
     shown: dict[str, list[tuple[float, float]]] = {}
     for name, points in series.items():
@@ -198,6 +201,10 @@ def curves(
         axes.plot(
             *zip(*points, strict=True), style, color=colour, label=name, linewidth=1.6, marker=mark, markersize=3.5
         )
+        if bands is not None and name in bands:
+            axes.fill_between(*zip(*bands[name], strict=True), color=colour, alpha=0.13, linewidth=0)
+    if whole_x:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if log_y:
         axes.set_yscale("log")
         ys = [y for points in shown.values() for _, y in points]

@@ -1,0 +1,316 @@
+"""Commands that change layers in memory and measure: probe layers, sweep merge."""
+
+import os
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.cli import output
+from surgery.cli.operation import open_source
+from surgery.cli.vqa import check_groups, read_template
+from surgery.errors import OutputError, UsageError
+from surgery.graph.run import check_device
+
+_MODEL_HELP = "Folder, alias, hub id, or - for a path on standard input."
+_Eval = Annotated[Path, typer.Option("--eval", metavar="FILE", help="Questions: .jsonl or .tsv, as for eval vqa.")]
+_Metric = Annotated[
+    str, typer.Option("--metric", help="acc (share of right answers) or nll (-log p of the right one).")
+]
+_Group = Annotated[str | None, typer.Option("--group-by", metavar="FIELD", help="Also by the values of a field.")]
+_Prompt = Annotated[str, typer.Option("--prompt", help="direct, cot or bare, as for eval vqa.")]
+_Template = Annotated[str | None, typer.Option("--chat-template", metavar="FILE", help="Another template, or none.")]
+_Limit = Annotated[int | None, typer.Option("--limit", min=1, help="So many items, drawn by --seed.")]
+_Seed = Annotated[int, typer.Option("--seed", help="Which items are drawn, and which go to --dev.")]
+_Batch = Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Items at a time.")]
+_Longest = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, for acc.")]
+_Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
+_Attn = Annotated[str | None, typer.Option("--attn", help="Implementation of attention: eager, sdpa, ….")]
+_Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")]
+_Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")]
+_Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.csv", help="Write the rows of the table.")]
+_Png = Annotated[Path | None, typer.Option("--png", metavar="FILE.png", help="Draw them.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
+_Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")]
+_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")]
+
+
+def probe_layers(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
+    eval_data: _Eval,
+    ablate: Annotated[
+        str, typer.Option("--ablate", help="zero, uniform (1/rows, as published), base or donor (that one's weights).")
+    ] = "zero",
+    module: Annotated[str, typer.Option("--module", help="attn, mlp or block.")] = "block",
+    layers: Annotated[
+        str, typer.Option("-l", "--layers", metavar="LIST", help="Layers to probe: all, 50%, 0-3,7.")
+    ] = "all",
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Whose layers --ablate base puts in.")
+    ] = None,
+    donor: Annotated[
+        str | None, typer.Option("--donor", metavar="MODEL", help="Whose layers --ablate donor puts in.")
+    ] = None,
+    metric: _Metric = "nll",
+    group_by: _Group = None,
+    prompt: _Prompt = "direct",
+    chat_template: _Template = None,
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: _Batch = 8,
+    max_new_tokens: _Longest = 64,
+    dtype: _Dtype = "auto",
+    attn: _Attn = None,
+    device: _Device = "cpu",
+    threads: _Threads = None,
+    out: _Out = None,
+    png: _Png = None,
+    overwrite: _Overwrite = False,
+    offline: _Offline = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Which layers matter: change one layer at a time in memory, measure, put it back. Nothing is written to the model.
+
+    Example:  surgery probe layers ./vlm --eval questions.jsonl --ablate zero --group-by category --png out/profile.png
+
+    With another model's layers:  surgery probe layers ./vlm --eval q.jsonl --ablate donor --donor ./llm --metric acc
+    """
+    output.Talk.quiet, output.Talk.verbose = quiet, verbose
+    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite)
+    named = {"base": base, "donor": donor}
+    source = named.pop(ablate, None)
+    if next(iter(v for v in named.values() if v), None) or (ablate in ("base", "donor") and source is None):
+        raise UsageError(
+            "ablate", f"--ablate {ablate} does not go with these models", hint="--ablate donor --donor MODEL, or base"
+        )
+    host = open_source(model, offline=offline)
+    other = open_source(source, offline=offline) if source is not None else None
+    from surgery.arch.language.load import load
+    from surgery.arch.layers import parse_layers
+    from surgery.evals.layers.measures import measure
+    from surgery.evals.layers.profile import probe_layers as probe
+    from surgery.evals.layers.profile import rows
+    from surgery.evals.layers.weights import tower_of
+
+    items = _items(eval_data, limit, seed, group_by)
+    loaded = load(host, dtype=dtype, attn=attn, device=device)
+    chosen = parse_layers(layers, len(tower_of(loaded.model, host.name).layers))
+    how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
+    measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
+    with output.Progress() as report:
+        profile = probe(
+            loaded, measured, metric, chosen, ablate=ablate, module=module, other=other, name=host.name, report=report
+        )
+    table = rows(profile, items, group_by)
+    settings = {"model": host.name, "digest": f"sha256:{host.digest}", "eval": str(eval_data), "items": len(items)}
+    settings |= {"metric": metric, "ablate": ablate, "module": module, "prompt": prompt}
+    settings |= {"other": other.name if other else None}
+    if out is not None:
+        _write_csv(out, table)
+    if png is not None:
+        title = f"{host.name}: {module} of one layer, {ablate}"
+        _draw(png, table, "layer", "group", title=title, x_label="layer", metric=metric)
+    if as_json:
+        output.data_json(settings | {"rows": table})
+        return
+    header = ("layer", "group", "n", "intact", metric, "difference", "95 %")
+    output.table(header, [(r["layer"], r["group"], r["n"], *_numbers(r)) for r in table])
+    _mention(out, png)
+
+
+def sweep_merge(
+    host: Annotated[str, typer.Argument(metavar="HOST", help=f"The model that keeps its layout. {_MODEL_HELP}")],
+    donor: Annotated[str, typer.Argument(metavar="DONOR", help="The text model that is merged in.")],
+    eval_data: _Eval,
+    alpha: Annotated[str, typer.Option("--alpha", metavar="LIST", help="Shares of the host.")] = "1,0.9,0.8,0.7",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("-l", "--layers", metavar="LIST", help="Layers to merge; several times for several."),
+    ] = None,
+    window: Annotated[int | None, typer.Option("--window", min=1, help="Also every window of so many layers.")] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="From one window to the next [default: 1].")
+    ] = None,
+    dev: Annotated[
+        float, typer.Option("--dev", help="Share of the items to choose on; the rest is reported. 0: choose nothing.")
+    ] = 0.5,
+    metric: _Metric = "acc",
+    group_by: _Group = None,
+    prompt: _Prompt = "direct",
+    chat_template: _Template = None,
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: _Batch = 8,
+    max_new_tokens: _Longest = 64,
+    dtype: _Dtype = "auto",
+    attn: _Attn = None,
+    device: _Device = "cpu",
+    threads: _Threads = None,
+    out: _Out = None,
+    png: _Png = None,
+    overwrite: _Overwrite = False,
+    offline: _Offline = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Measure merges at several host shares and layers without writing a checkpoint.
+
+    The best is chosen on one part of the items (--dev) and reported on the rest.
+
+    Example:  surgery sweep merge ./vlm ./llm --alpha 1,0.9,0.8 --eval questions.jsonl --png out/curve.png
+
+    Windows:  surgery sweep merge ./vlm ./llm --alpha 0.5 --window 8 --stride 4 --eval questions.jsonl --metric nll
+    """
+    output.Talk.quiet, output.Talk.verbose = quiet, verbose
+    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite)
+    shares = _shares(alpha)
+    if not 0 <= dev < 1:
+        raise UsageError("dev", f"--dev {dev:g}: not a share of the items", hint="from 0 to below 1")
+    if stride is not None and window is None:
+        raise UsageError("window", "--stride goes with --window", hint="say how many layers a window has")
+    vlm, llm = open_source(host, offline=offline), open_source(donor, offline=offline)
+    from surgery.arch.language.load import load
+    from surgery.evals.layers.measures import measure
+    from surgery.evals.layers.sweep import pick, rows, selections, split_items
+    from surgery.evals.layers.sweep import sweep_merge as sweep
+    from surgery.evals.layers.weights import tower_of
+
+    items = _items(eval_data, limit, seed, group_by)
+    everything = list(range(len(items)))
+    choose, rest = split_items(items, dev, seed, group_by) if dev else (everything, everything)
+    loaded = load(vlm, dtype=dtype, attn=attn, device=device)
+    chosen = selections(layers or [], window, stride, len(tower_of(loaded.model, vlm.name).layers))
+    how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
+    measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
+    with output.Progress() as report:
+        found = sweep(loaded, measured, metric, llm, shares, chosen, name=vlm.name, report=report)
+    table = rows(found, items, choose, group_by)
+    result: dict[str, Any] = {
+        "host": vlm.name, "donor": llm.name, "eval": str(eval_data), "items": len(items), "metric": metric,
+        "prompt": prompt, "dev": len(choose) if dev else 0, "rows": table,
+    }  # fmt: skip
+    if dev:
+        label, share = pick(found, choose)
+        reported = [r for r in rows(found, items, rest, group_by) if (r["layers"], r["alpha"]) == (label, share)]
+        result["chosen"] = {"layers": label, "alpha": share, "test": reported}
+    if out is not None:
+        _write_csv(out, table)
+    if png is not None:
+        _draw_sweep(png, table, vlm.name, llm.name, metric, windows=window is not None and len(shares) == 1)
+    if as_json:
+        output.data_json(result)
+        return
+    header = ("layers", "host / donor", "group", "n", "host alone", metric, "difference", "95 %")
+    shown = [(r["layers"], _shown_share(r["alpha"]), r["group"], r["n"], *_numbers(r)) for r in table]
+    output.table(header, shown)
+    if dev:
+        output.data(
+            f"\nchosen on these {len(choose)} items: layers {label}, {_shown_share(share)}; on the other {len(rest)}:"
+        )
+        output.table(header[2:], [(r["group"], r["n"], *_numbers(r)) for r in reported])
+    _mention(out, png)
+
+
+def _prepare(device: str, threads: int | None, files: Sequence[tuple[Path | None, str]], overwrite: bool) -> None:
+    check_device(device)
+    for path, suffix in files:
+        if path is None:
+            continue
+        if path.suffix != suffix:
+            raise UsageError("out", f"{path}: this is written as {suffix}", hint=f"{path.stem or 'out/rows'}{suffix}")
+        if os.path.lexists(path) and (not overwrite or not path.is_file()):
+            raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _items(data: Path, limit: int | None, seed: int, group_by: str | None) -> list[Any]:
+    from surgery.evals.vqa.rows import read_items
+
+    items = read_items(data, limit=limit, seed=seed)
+    check_groups(items, [group_by] if group_by else [])
+    return items
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(piece) for piece in text.split(",")]
+    except ValueError:
+        raise UsageError("alpha", f"--alpha {text}: not a list of numbers", hint="for example 1,0.9,0.8") from None
+    if not all(0 <= share <= 1 for share in found) or len(set(found)) != len(found):
+        raise UsageError(
+            "alpha", f"--alpha {text}: shares are different numbers from 0 to 1", hint="1 is the host, 0 the donor"
+        )
+    return found
+
+
+def _shown_share(alpha: float) -> str:
+    return f"{alpha:.2f} / {1 - alpha:.2f}"
+
+
+def _numbers(row: dict[str, Any]) -> tuple[str, ...]:
+    interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"{row['intact']:.4f}", f"{row['value']:.4f}", f"{row['difference']:+.4f}", interval
+
+
+def _write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    import csv
+
+    from surgery.store.writer import atomic_write
+
+    text = StringIO()
+    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    atomic_write(path, text.getvalue().encode())
+
+
+def _draw(
+    path: Path, table: Sequence[dict[str, Any]], x: str, by: str, *, title: str, x_label: str, metric: str
+) -> None:
+    """Differences with their intervals, a line a group."""
+    from surgery.evals.pictures import curves
+
+    series: dict[str, list[tuple[float, float]]] = {}
+    bands: dict[str, list[tuple[float, float, float]]] = {}
+    for row in table:
+        series.setdefault(row[by], []).append((row[x], row["difference"]))
+        bands.setdefault(row[by], []).append((row[x], row["low"], row["high"]))
+    label = f"{metric}, difference to intact"
+    curves(series, path, x_label=x_label, y_label=label, title=title, log_y=False, bands=bands, whole_x=x == "layer")
+
+
+def _draw_sweep(
+    path: Path, table: Sequence[dict[str, Any]], host: str, donor: str, metric: str, *, windows: bool
+) -> None:
+    """The metric over the donor's share, a line a selection and group; for windows at one share over the layers."""
+    from surgery.evals.pictures import curves
+
+    title = f"{donor} merged into {host}"
+    if windows:
+        rows = [{**r, "layer": int(r["layers"].split("-")[0])} for r in table if r["layers"].split("-")[0].isdigit()]
+        _draw(path, rows, "layer", "group", title=title, x_label="first layer of the window", metric=metric)
+        return
+    several = len({r["layers"] for r in table}) > 1
+    series: dict[str, list[tuple[float, float]]] = {}
+    bands: dict[str, list[tuple[float, float, float]]] = {}
+    for r in sorted(table, key=lambda r: 1 - r["alpha"]):
+        name = f"layers {r['layers']}, {r['group']}" if several else r["group"]
+        series.setdefault(name, []).append((1 - r["alpha"], r["value"]))
+        bands.setdefault(name, []).append((1 - r["alpha"], r["intact"] + r["low"], r["intact"] + r["high"]))
+    curves(series, path, x_label="share of the donor", y_label=metric, title=title, log_y=False, bands=bands)
+
+
+def _mention(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None:
+            output.note(f"written: {path}")

@@ -1,0 +1,112 @@
+"""`surgery probe layers` and `surgery sweep merge` as a user runs them."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Run = Callable[..., Any]
+FEW = ("--prompt", "bare", "--batch", "4", "--threads", "1")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = []
+    for i in range(8):
+        row: dict[str, Any] = {"id": i, "question": f"{i}+1=", "answer": i + 1, "kind": "text"}
+        if i % 2:
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / f"{i}.png")
+            row |= {"image": f"{i}.png", "kind": "image"}
+        rows.append(json.dumps(row))
+    (tmp_path / "q.jsonl").write_text("\n".join(rows) + "\n")
+    return tmp_path / "q.jsonl"
+
+
+def error(ended: Any, code: str) -> str:
+    lines = ended.stderr.splitlines()
+    assert lines[-2].startswith(f"error[{code}]: ") and lines[-1].startswith("hint: "), ended.stderr
+    assert ended.stdout == "" and "Traceback" not in ended.stderr
+    return str(lines[-2])
+
+
+def is_picture(path: Path) -> bool:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.format == "PNG" and picture.width > 400
+
+
+def test_a_profile_comes_as_table_json_csv_and_picture(
+    command: Run, tiny_llava: Path, data: Path, tmp_path: Path
+) -> None:
+    before = hashlib.sha256((tiny_llava / "model.safetensors").read_bytes()).hexdigest()
+    args = ("probe", "layers", tiny_llava, "--eval", data, "--ablate", "zero", *FEW, "--group-by", "kind")
+    ended = command(*args, "-o", "p.csv", "--png", "p.png", "--json")
+    assert ended.code == 0, ended.stderr
+    shown = json.loads(ended.stdout)
+    assert (shown["ablate"], shown["module"], shown["metric"], shown["items"]) == ("zero", "block", "nll", 8)
+    keys = [(r["layer"], r["group"], r["n"]) for r in shown["rows"]]
+    assert keys == [(n, g, c) for n in range(4) for g, c in (("all", 8), ("kind=image", 4), ("kind=text", 4))]
+    for row in shown["rows"]:
+        assert row["difference"] == pytest.approx(row["value"] - row["intact"])
+        assert row["low"] <= row["difference"] <= row["high"]
+    with (tmp_path / "p.csv").open() as file:
+        assert [float(r["value"]) for r in csv.DictReader(file)] == [r["value"] for r in shown["rows"]]
+    assert is_picture(tmp_path / "p.png")
+    table = command(*args, "--layers", "1-2", "--module", "mlp")
+    assert table.code == 0 and len(table.stdout.splitlines()) == 7 and "difference" in table.stdout
+    assert hashlib.sha256((tiny_llava / "model.safetensors").read_bytes()).hexdigest() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"q.jsonl", "p.csv", "p.png", *(f"{i}.png" for i in (1, 3, 5, 7))}
+
+
+def test_the_layers_of_the_model_itself_change_nothing(command: Run, tiny_llava: Path, data: Path) -> None:
+    args = ("probe", "layers", tiny_llava, "--eval", data, "--ablate", "donor", "--donor", tiny_llava, *FEW, "--json")
+    for metric in ("acc", "nll"):
+        rows = json.loads(command(*args, "--metric", metric, "--max-new-tokens", "2").stdout)["rows"]
+        assert {r["difference"] for r in rows} == {0}
+        assert (rows[0]["low"] < 0 < rows[0]["high"]) == (metric == "acc")  # no flips among eight prove little
+
+
+def test_a_sweep_chooses_on_one_part_and_reports_on_the_other(
+    command: Run, tiny_llava: Path, tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    args = ("sweep", "merge", tiny_llava, tiny_llama, "--eval", data, *FEW, "--metric", "nll", "--alpha", "1,0.9,0.5")
+    ended = command(*args, "--png", "s.png", "-o", "s.csv", "--json", "--group-by", "kind")
+    assert ended.code == 0, ended.stderr
+    shown = json.loads(ended.stdout)
+    everyone = [r for r in shown["rows"] if r["group"] == "all"]
+    assert [(r["alpha"], r["n"], r["layers"]) for r in everyone] == [(a, 4, "all") for a in (1.0, 0.9, 0.5)]
+    assert everyone[0]["difference"] == 0
+    best = min(everyone, key=lambda r: r["value"])
+    assert shown["chosen"]["alpha"] == best["alpha"] and {r["n"] for r in shown["chosen"]["test"]} == {4, 2}
+    assert is_picture(tmp_path / "s.png") and len((tmp_path / "s.csv").read_text().splitlines()) == 10
+    table = command(*args, "--window", "2", "--stride", "2", "--dev", "0", "--alpha", "0.5", "--png", "w.png")
+    assert table.code == 0 and "0.50 / 0.50" in table.stdout and "chosen" not in table.stdout
+    assert len(table.stdout.splitlines()) == 3 and is_picture(tmp_path / "w.png")
+
+
+def test_refusals(command: Run, tiny_llava: Path, tiny_llama: Path, tiny_dit: Path, data: Path, tmp_path: Path) -> None:
+    probe = ("probe", "layers", tiny_llava, "--eval", data, *FEW)
+    sweep = ("sweep", "merge", tiny_llava, tiny_llama, "--eval", data, *FEW)
+    error(command(*probe, "--ablate", "donor"), "usage.ablate")
+    error(command(*probe, "--ablate", "zero", "--base", tiny_llama), "usage.ablate")
+    error(command(*probe, "--ablate", "donor", "--donor", tiny_llama, "--base", tiny_llama), "usage.ablate")
+    error(command(*probe, "--ablate", "noise"), "usage.ablate")
+    error(command(*probe, "--module", "norm"), "usage.module")
+    error(command(*probe, "--layers", "9"), "usage.bad-layers")
+    error(command(*probe, "--group-by", "sort"), "usage.group")
+    error(command(*probe, "--metric", "bleu"), "usage.metric")
+    error(command(*probe, "--png", "x.jpg"), "usage.out")
+    error(command(*sweep, "--alpha", "1,x"), "usage.alpha")
+    error(command(*sweep, "--alpha", "1.5"), "usage.alpha")
+    error(command(*sweep, "--dev", "1"), "usage.dev")
+    error(command(*sweep, "--stride", "2"), "usage.window")
+    error(command(*sweep, "--window", "9"), "usage.window")
+    error(command("sweep", "merge", tiny_llava, tiny_dit, "--eval", data, *FEW), "checkpoint.no-tower")
+    error(command("probe", "layers", tiny_dit, "--eval", data), "checkpoint.not-language")
+    (tmp_path / "p.csv").write_text("mine")
+    assert error(command(*probe, "-o", "p.csv"), "output.exists") and (tmp_path / "p.csv").read_text() == "mine"
