@@ -36,12 +36,15 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "verify": ("surgery.cli.graph:verify", "Check every byte of a produced checkpoint against its record."),
     "run": ("surgery.cli.recipe:run", "Carry out the steps of a recipe."),
 }
-GROUPS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
+# name -> (one line, its commands); a command that is given as such a pair is a group inside the group.
+Commands = Mapping[str, tuple[str, Any]]
+GROUPS: Mapping[str, tuple[str, Commands]] = {
     "train": (
         "Train models by the methods of the toolkit.",
         {
             "diffusion": ("op:train-diffusion", "Train or finetune a diffusion transformer with its own loss."),
             "classifier": ("op:train-classifier", "Train the small classifier whose features compare images."),
+            "scenes": ("op:train-scenes", "Train a small LLaVA to answer where things are in drawn scenes."),
         },
     ),
     "eval": (
@@ -65,6 +68,24 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
     "sweep": (
         "Measure many edits of a model without writing them.",
         {"merge": ("surgery.cli.layers:sweep_merge", "Merges at several shares and layers, chosen on held-out items.")},
+    ),
+    "adaptvis": (
+        "Patch the attention that vision-language models pay to images.",
+        {
+            "data": (
+                "Make or import questions about where things are.",
+                {
+                    "make": ("surgery.cli.adaptvis.data:make", "Draw scenes of simple things and ask about them."),
+                    "import": (
+                        "Turn published benchmarks into our format.",
+                        {
+                            "whatsup": ("surgery.cli.adaptvis.data:import_whatsup", "What's Up: Controlled, COCO, VG."),
+                            "vsr": ("surgery.cli.adaptvis.data:import_vsr", "VSR: is a statement right?"),
+                        },
+                    ),
+                },
+            ),
+        },
     ),
 }
 
@@ -116,7 +137,7 @@ class _PlainCommand(TyperCommand):
 class LazyGroup(TyperGroup):
     """A group whose commands are imported when they are called, not when help is shown."""
 
-    table: Mapping[str, tuple[str, str]] = {}
+    table: Commands = {}
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _read_plainly(super().get_params(ctx))
@@ -126,11 +147,11 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if self.table is COMMANDS and cmd_name in GROUPS:
-            return _group(cmd_name)
+            return _group(cmd_name, *GROUPS[cmd_name])
         if cmd_name not in self.table:
             return None
-        target, summary = self.table[cmd_name]
-        return _load(cmd_name, target, summary)
+        first, second = self.table[cmd_name]
+        return _group(cmd_name, first, second) if isinstance(second, Mapping) else _load(cmd_name, first, second)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
@@ -141,15 +162,20 @@ class LazyGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        rows = [(name, summary) for name, (_, summary) in self.table.items()]
+        rows = [(name, _summary(entry)) for name, entry in self.table.items()]
         if self.table is COMMANDS:
-            rows += [(name, f"{summary} ({', '.join(members)})") for name, (summary, members) in GROUPS.items()]
+            rows += [(name, _summary(entry)) for name, entry in GROUPS.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
 
 class _RootGroup(LazyGroup):
     table = COMMANDS
+
+
+def _summary(entry: tuple[str, Any]) -> str:
+    """The line of a command or group in the list of commands."""
+    return f"{entry[0]} ({', '.join(entry[1])})" if isinstance(entry[1], Mapping) else entry[1]
 
 
 def _help(text: str) -> str:
@@ -160,8 +186,7 @@ def _help(text: str) -> str:
     return "\n\n".join(f"\b\n{p}" if "  surgery " in p or p.startswith("surgery ") else p for p in paragraphs)
 
 
-def _group(name: str) -> Any:
-    summary, members = GROUPS[name]
+def _group(name: str, summary: str, members: Commands) -> Any:
     kind = type("Group", (LazyGroup,), {"table": members})
     app = typer.Typer(cls=kind, help=summary, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
     app.callback()(lambda: None)
@@ -265,12 +290,13 @@ def _interrupted() -> None:
 
 def _resumable(words: list[str]) -> bool:
     """Whether the command that `words` name has --resume: recipes, and all that are made from an operation."""
-    table = COMMANDS
+    table: Commands = {**COMMANDS, **GROUPS}
     for word in words:
-        if word in GROUPS and table is COMMANDS:
-            table = GROUPS[word][1]
+        first, second = table.get(word, ("", ""))
+        if isinstance(second, Mapping):
+            table = second
         elif not word.startswith("-"):
-            return word == "run" or table.get(word, ("", ""))[0].startswith("op:")
+            return word == "run" or first.startswith("op:")
     return False
 
 

@@ -16,6 +16,7 @@ OPS: Mapping[str, str] = {
     "reshard": "surgery.ops.reshard:Reshard",
     "train-diffusion": "surgery.ops.train_diffusion:TrainDiffusion",
     "train-classifier": "surgery.ops.train_classifier:TrainClassifier",
+    "train-scenes": "surgery.ops.train_scenes:TrainScenes",
 }
 
 

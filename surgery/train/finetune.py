@@ -11,7 +11,6 @@ A run is a pure function of (weights, images, schedule, settings): killed and re
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,15 +29,14 @@ from surgery.arch.dit.diffusion import (
     loss_terms,
     null_label,
 )
-from surgery.errors import CheckpointError, NonFiniteLoss, OutputError, UsageError
+from surgery.errors import NonFiniteLoss, UsageError
 from surgery.train.optim import BatchOrder, Ema, generator_for, learning_rate, weights_digest
+from surgery.train.state import TrainingState
 
 if TYPE_CHECKING:
     from surgery.data.images import ImageSet
 
 Report = Callable[[str, Mapping[str, float]], None]
-_STATE = "finetune.safetensors"
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,8 @@ def finetune(
     state = None
     if resume_folder is not None:
         key = _run_key(model, images, schedule, settings)
-        state = _State(resume_folder, key)
-        start = state.load(named, ema, optimiser, history)
+        state = TrainingState(resume_folder, key)
+        start = state.load(named, optimiser, history, ema)
     x_train, y_train = images.train
     x_val, y_val = images.val
     x_val, y_val = x_val[: settings.val_images], y_val[: settings.val_images]
@@ -192,7 +190,7 @@ def finetune(
             raise _non_finite("loss", value, step, state)
         # Here the weights are proven good: this is the state that a later non-finite loss leaves behind.
         if state is not None and settings.save_every and step % settings.save_every == 0 and step > start:
-            state.save(step, named, ema, optimiser, history, since)
+            state.save(step, named, optimiser, history, since, ema)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
@@ -246,7 +244,7 @@ def _loss(
     return total
 
 
-def _non_finite(what: str, value: float, step: int, state: "_State | None") -> NonFiniteLoss:
+def _non_finite(what: str, value: float, step: int, state: TrainingState | None) -> NonFiniteLoss:
     kept = state.saved_step if state is not None else None
     where = "no state was kept" if kept is None else f"the last good state, step {kept}, is kept"
     return NonFiniteLoss(
@@ -279,87 +277,3 @@ def _run_key(model: nn.Module, images: "ImageSet", schedule: NoiseSchedule, sett
     digest.update(schedule.betas_T.numpy().tobytes())
     digest.update(weights_digest(model).encode())
     return digest.hexdigest()
-
-
-class _State:
-    """The resumable state of one run: one safetensors file, replaced whole, its place in the run in the header."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.path, self.key = folder / _STATE, key
-        self.saved_step: int | None = None
-        self.since: list[float] = []
-
-    def save(
-        self,
-        step: int,
-        named: list[tuple[str, nn.Parameter]],
-        ema: Ema,
-        optimiser: torch.optim.Optimizer,
-        history: list[dict[str, float]],
-        since: list[float],
-    ) -> None:
-        """Write the state before 0-based `step`; raises OutputError."""
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for (name, p), average in zip(named, ema.values, strict=True):
-            tensors[f"raw/{name}"] = p.detach().contiguous()
-            tensors[f"ema/{name}"] = average.contiguous()
-            for slot, value in optimiser.state[p].items():
-                tensors[f"{slot}/{name}"] = value.contiguous()
-        place = {"format": _FORMAT, "key": self.key, "step": step, "history": history, "since": since}
-        partial = self.path.with_suffix(".partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata={"surgery": json.dumps(place)})
-            with open(partial, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise OutputError(
-                "not-writable",
-                f"cannot keep the training state in {self.path.parent}: {error}",
-                hint="check the folder and its rights",
-            ) from error
-        self.saved_step = step
-
-    def load(
-        self,
-        named: list[tuple[str, nn.Parameter]],
-        ema: Ema,
-        optimiser: torch.optim.Optimizer,
-        history: list[dict[str, float]],
-    ) -> int:
-        """The step to go on from, 0 without a state; raises CheckpointError when it belongs to another run."""
-        from safetensors import SafetensorError, safe_open
-
-        if not self.path.exists():
-            return 0
-        try:
-            with safe_open(self.path, framework="pt") as handle:
-                place = json.loads((handle.metadata() or {})["surgery"])
-                if place["format"] != _FORMAT or place["key"] != self.key:
-                    raise CheckpointError(
-                        "other-run",
-                        f"{self.path} was made by a run with other weights, images or settings",
-                        hint="name another folder, or remove that file to start again",
-                    )
-                held = set(handle.keys())
-                slots = {key.split("/", 1)[0] for key in held} - {"raw", "ema"}
-                with torch.no_grad():
-                    for (name, p), average in zip(named, ema.values, strict=True):
-                        p.copy_(handle.get_tensor(f"raw/{name}"))
-                        average.copy_(handle.get_tensor(f"ema/{name}"))
-                        optimiser.state[p] = {
-                            slot: handle.get_tensor(f"{slot}/{name}").to("cpu" if slot == "step" else p.device)
-                            for slot in sorted(slots)
-                            if f"{slot}/{name}" in held
-                        }
-                history.extend(place["history"])
-                self.since = [float(v) for v in place["since"]]
-                self.saved_step = int(place["step"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                "bad-state", f"{self.path} is not a finetuning state: {error}", hint="remove that file to start again"
-            ) from error
-        return self.saved_step
