@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -346,8 +346,11 @@ def test_help_and_version_go_to_standard_output(command: Command) -> None:
 def test_every_command_explains_itself_with_an_example(command: Command) -> None:
     from surgery.cli.main import COMMANDS, GROUPS
 
-    paths = [[name] for name in COMMANDS] + [[g, name] for g, (_, members) in GROUPS.items() for name in members]
-    for path in paths:
+    def leaves(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        for name, (_, members) in table.items():
+            yield from leaves(members, (*above, name)) if isinstance(members, Mapping) else [(*above, name)]
+
+    for path in leaves({**COMMANDS, **GROUPS}):
         ended = command(*path, "--help")
         assert ended.code == 0 and f"surgery {' '.join(path)}" in ended.stdout.split("Options:")[0].split("\n", 1)[1], (
             path
