@@ -11,9 +11,9 @@ from typing import Annotated, Any, get_origin
 import typer
 
 from surgery.cli import output
-from surgery.errors import UsageError
+from surgery.errors import UsageError, printable
 from surgery.graph.op import Param, Plan, PlanContext, build_op, check_parents, op_params, parent_range, shown_name
-from surgery.graph.run import RunOptions, check_device, check_plan, run_op
+from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, run_op
 from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import Checkpoint
@@ -36,6 +36,14 @@ _COMMON: dict[str, tuple[Any, Any]] = {
             help="Largest size of a weight file, e.g. 500MB, 2GiB [default: 5GB; kept files stay as they are].",
         ),
     ),
+    "max_memory": (
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory of the whole process; tensors wait for room [default: 60 % of what is available].",
+        ),
+    ),
     "dry_run": (bool, typer.Option("--dry-run", help="Print the plan and its cost from headers alone; write nothing.")),
     "resume": (bool, typer.Option("--resume", help="Go on with a run of the same command that was interrupted.")),
     "overwrite": (bool, typer.Option("--overwrite", help="Replace an output that surgery made, in one step.")),
@@ -51,6 +59,7 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "threads": 1,
     "workers": 0,
     "shard_size": None,
+    "max_memory": None,
     "dry_run": False,
     "resume": False,
     "overwrite": False,
@@ -142,6 +151,7 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         output.note("already done: this output is the result of the same command on the same parents")
     if result.reused:
         output.note(f"resumed: {result.reused} tensors were reused")
+    note_alone(result)
     training = result.record["steps"][-1].get("training", {})
     for line in getattr(op, "summary", lambda t: [])(training) if training else []:
         output.note(line)
@@ -152,6 +162,16 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         output.data_json(rows | {"found": result.found, "reused": result.reused, "training": step.get("training", {})})
     else:
         output.data(str(result.path))
+
+
+def note_alone(result: RunResult) -> None:
+    """Say which tensors were too large for the memory allowed."""
+    if result.alone:
+        name, size = max(result.alone, key=lambda row: row[1])
+        more = f" and {len(result.alone) - 1:,} more" if len(result.alone) > 1 else ""
+        output.warn(
+            f"'{printable(name)}'{more} did not fit the memory allowed ({output.count(size, 'B')}) and ran alone"
+        )
 
 
 def _notice(plan: Plan) -> None:
@@ -168,6 +188,7 @@ def run_options(common: Mapping[str, Any]) -> RunOptions:
         device=common["device"],
         threads=common["threads"],
         shard_size=parse_size(common["shard_size"]) if common["shard_size"] is not None else None,
+        max_memory=parse_size(common["max_memory"]) if common["max_memory"] is not None else None,
         resume=common["resume"],
         overwrite=common["overwrite"],
         offline=common["offline"],

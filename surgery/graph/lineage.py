@@ -18,6 +18,7 @@ from surgery.store.checkpoint import Checkpoint, content_digest
 from surgery.store.header import read_header
 from surgery.store.layout import LINEAGE_FILE
 
+_quoted = json.encoder.encode_basestring
 _UNHASHED = ("record", "created", "environment", "measured")
 _NUMBER = r"(?<=\.)[0-9]{1,9}(?=\.)"  # the index of a block inside a tensor's name
 
@@ -44,7 +45,7 @@ def node_key(
             "seed": seed,
             "device": device,
             "torch": torch,
-            "parents": [{"digest": p.digest, "config": p.config_digest()} for p in parents],
+            "parents": [p.identity() for p in parents],
         }
     )
 
@@ -58,14 +59,15 @@ def make_record(
     key: str,
     parents: list[Checkpoint],
     plan: Plan,
-    tensors: Mapping[str, str],
+    tensors: Mapping[str, str] | None,
     files: list[dict[str, Any]],
     environment: Mapping[str, Any],
     training: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256. `measured` is
-    left out of the record's digest: sums of floats differ in their last digits from one processor to another."""
+    """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256; None: one that
+    is only a step of a chain and never written, which its key stands for. `measured` is left out of the record's
+    digest: sums of floats differ in their last digits from one processor to another."""
     names = _parent_names(parents)
     edits = [_plain(edit) for edit in plan.config_edits]
     ancestors: dict[str, Any] = {}
@@ -74,9 +76,12 @@ def make_record(
             own = dict(parent.lineage)
             ancestors.update(own.pop("ancestors", {}))
             ancestors[parent.lineage["record"]] = own
-    rows: dict[str, dict[str, Any]] = {
-        e.full_name: {"sha256": tensors[e.full_name], "dtype": e.dtype, "shape": list(e.shape)} for e in plan.entries
-    }
+    rows: dict[str, dict[str, Any]] = {}
+    if tensors is not None:
+        rows = {
+            e.full_name: {"sha256": tensors[e.full_name], "dtype": e.dtype, "shape": list(e.shape)}
+            for e in plan.entries
+        }
     step = {
         "op": op,
         "version": version,
@@ -89,7 +94,7 @@ def make_record(
         step["training"] = _plain(training)
     record: dict[str, Any] = {
         "surgery": 1,
-        "digest": _digest_of(rows),
+        "digest": _digest_of(rows) if tensors is not None else f"derived:{key}",
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "output": {"files": files},
         "steps": [step],
@@ -128,9 +133,16 @@ def encode(record: Mapping[str, Any]) -> bytes:
     """The bytes of `surgery.json`: indented but for the tensor rows, one a line."""
     outer = {k: v for k, v in record.items() if k not in ("tensors", "ancestors")}
     text = json.dumps(outer, indent=1, ensure_ascii=False).rstrip("}").rstrip()
-    rows = ",\n".join(f"  {json.dumps(n, ensure_ascii=False)}: {json.dumps(r)}" for n, r in record["tensors"].items())
+    rows = ",\n".join(f"  {_quoted(n)}: {_row(r)}" for n, r in record["tensors"].items())
     ancestors = json.dumps(record["ancestors"], ensure_ascii=False)
     return f'{text},\n "tensors": {{\n{rows}\n }},\n "ancestors": {ancestors}\n}}\n'.encode("utf-8", "surrogatepass")
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    """A tensor's row as JSON; there may be a hundred thousand."""
+    if len(row) == 3:
+        return f'{{"sha256": "{row["sha256"]}", "dtype": "{row["dtype"]}", "shape": {row["shape"]}}}'
+    return json.dumps(row)
 
 
 def verify(checkpoint: Checkpoint) -> list[str]:
@@ -213,7 +225,7 @@ def _parent_names(parents: list[Checkpoint]) -> list[str]:
 def _parent(parent: Checkpoint) -> dict[str, Any]:
     lineage = parent.lineage
     return {
-        "digest": f"sha256:{parent.digest}",
+        "digest": parent.digest_text,
         "config": f"sha256:{parent.config_digest()}",
         "part": parent.selected,
         "source": parent.name,  # as it was typed: where `surgery replay` looks first

@@ -165,7 +165,9 @@ class TrainResult:
 
 class Op(Protocol):
     """The contract of an operation. `trainer` is "module:function" for operations whose entries include `Trained`;
-    `parents` is how many checkpoints it takes, or (fewest, most), most being None where there is no limit."""
+    `parents` is how many checkpoints it takes, or (fewest, most), most being None where there is no limit. A class may
+    say `row_wise = True`: each row (first axis) of a computed tensor comes from the same rows of its inputs, so that
+    large ones are made in pieces."""
 
     name: ClassVar[str]
     version: ClassVar[int]

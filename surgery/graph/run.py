@@ -5,12 +5,9 @@ written as they come. Results do not depend on the number of workers.
 """
 
 import hashlib
-import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -18,12 +15,12 @@ from typing import Any
 
 from surgery import __version__
 from surgery.errors import CheckpointError, OutputError, ResourceError, UsageError, printable
+from surgery.graph.engine.budget import memory_budget
+from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
+from surgery.graph.engine.local import Engine, run_jobs
+from surgery.graph.engine.work import Job, Resources, Source, Unit
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
-    Bytes,
-    Compute,
-    Entry,
-    Keep,
     Op,
     Plan,
     PlanContext,
@@ -33,16 +30,15 @@ from surgery.graph.op import (
     load_attribute,
     resolved_params,
 )
-from surgery.graph.shards import Shard, plan_shards
+from surgery.graph.planned import roots
+from surgery.graph.shards import Shard, index_json, plan_shards
 from surgery.store import digests
-from surgery.store.checkpoint import Checkpoint
+from surgery.store.checkpoint import Checkpoint, TensorRef, read_chunks
 from surgery.store.layout import LINEAGE_FILE
-from surgery.store.reader import open_reader
 from surgery.store.record import read_record
-from surgery.store.writer import PlannedFile, Workspace, check_target
+from surgery.store.writer import Workspace, check_target, raise_os
 
 Report = Callable[[str, Mapping[str, float]], None]
-_Job = tuple[PlannedFile, Entry]
 
 
 def silent(event: str, numbers: Mapping[str, float]) -> None:
@@ -58,6 +54,7 @@ class RunOptions:
     threads: int = 1
     workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     shard_size: int | None = None  # bytes; None: kept files stay as they are, new ones follow graph.shards
+    max_memory: int | None = None  # bytes of the whole process; None: a share of what is available
     resume: bool = False
     overwrite: bool = False
     offline: bool = False
@@ -65,12 +62,15 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the checkpoint lies, its lineage, and what was saved: `found` says that nothing had to be done."""
+    """Where the checkpoint lies, its lineage, and what was saved: `found` says that nothing had to be done, `reused`
+    how many tensors an interrupted run had finished. `alone` are tensors larger than the memory allowed, made with
+    nothing beside them: (name, bytes)."""
 
     path: Path
     record: Mapping[str, Any]
     found: bool = False
     reused: int = 0
+    alone: tuple[tuple[str, int], ...] = ()
 
 
 def run_op(
@@ -82,24 +82,26 @@ def run_op(
     report: Report = silent,
     notice: Callable[[Plan], None] = lambda plan: None,
     reuse: bool = False,
+    engine: Engine = run_jobs,
 ) -> RunResult:
     """Apply `op` to `parents` and publish the result at `out` (default: ./<source>-<operation>-<8 hex of the key>).
 
     With the default name, or with `reuse`, an earlier result of the same work is found and returned. Raises the errors
     of the plan before anything is written; afterwards the target is absent or whole. `notice` sees the plan first.
+    Parents may be steps that were planned and never written: their tensors are made on the way.
     """
     options = options or RunOptions()
     check_device(options.device)
     plan = op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
     if out is not None:
-        check_place(out, parents)  # before the parents are hashed, which can take long
+        check_place(out, roots(parents))  # before the parents are hashed, which can take long
         if not reuse:
             check_target(out, overwrite=options.overwrite)
     key = plan_key(op, plan, parents, options)
     reuse = reuse or out is None
     out = out or default_target(op, parents, key)
-    check_place(out, parents)
+    check_place(out, roots(parents))
     found = find_result(out, key) if reuse and not options.overwrite else None
     if found is not None:
         return RunResult(out, found, found=True)
@@ -108,6 +110,8 @@ def run_op(
     measure = getattr(op, "measure", None)
     measured = measure(plan, options.seed, *parents) if measure is not None else {}
     shards, indexes = plan_shards(plan, key=key, shard_size=options.shard_size)
+    sources = {e.full_name: source_of(e, op, parents, options.seed) for e in plan.entries}
+    before = _identities(roots(parents))
     with Workspace(out, key, resume=options.resume, overwrite=options.overwrite) as space:
         space.check_space(sum(s.file.size for s in shards))
         # Space is reserved for every file first: a full disk shows before any work is done.
@@ -117,17 +121,12 @@ def run_op(
         planned = {f"{s.file.relative}\0{e.name}" for s in shards for e in s.entries}
         done = {k: sha for k, sha in space.done.items() if k in planned}
         trained = _train(op, plan, parents, options, space, report)
-        hashes = _write(op, plan, parents, shards, space, done, trained, options, report)
+        work = plan_jobs(shards, sources, str(space.folder / "out"), done)
+        hashes, alone = _write(work, shards, sources, parents, space, done, trained, options, report, engine)
+        _check_unchanged(before)
         files = [_weight_row(space, shard) for shard in shards]
         files += _side_files(space, plan, indexes, shards, trained.files)
-        environment = {
-            "surgery": __version__,
-            "python": platform.python_version(),
-            "torch": _version("torch"),
-            "device": options.device,
-            "threads": options.threads,
-            "shard_size": options.shard_size,
-        }
+        environment = run_environment(options)
         record = make_record(
             op=op.name,
             version=op.version,
@@ -146,7 +145,19 @@ def run_op(
         space.publish()
     for shard in shards:
         digests.remember(str(out / shard.file.relative), {e.name: hashes[e.full_name] for e in shard.entries})
-    return RunResult(out, record, reused=len(done))
+    return RunResult(out, record, reused=len(done), alone=alone)
+
+
+def run_environment(options: RunOptions) -> dict[str, Any]:
+    """What a record says of the circumstances; it is no part of the record's digest."""
+    return {
+        "surgery": __version__,
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "device": options.device,
+        "threads": options.threads,
+        "shard_size": options.shard_size,
+    }
 
 
 def plan_key(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions) -> str:
@@ -258,182 +269,97 @@ def _train(
 
 
 def _write(
-    op: Op,
-    plan: Plan,
-    parents: list[Checkpoint],
+    work: Jobs,
     shards: list[Shard],
+    sources: Mapping[str, Source | None],
+    parents: list[Checkpoint],
     space: Workspace,
     done: Mapping[str, str],
     trained: TrainResult,
     options: RunOptions,
     report: Report,
-) -> dict[str, str]:
-    """Move and compute every entry that is not journalled; returns sha256 by full name."""
-    total, written = sum(s.file.size for s in shards), 0
-    hashes: dict[str, str] = {}
+    engine: Engine,
+) -> tuple[dict[str, str], tuple[tuple[str, int], ...]]:
+    """Move and make every tensor that is not journalled; returns sha256 by full name, and what was made alone."""
+    total = sum(s.file.size for s in shards)
+    known = _known_digests(roots(parents))
+    hashes = {e.full_name: done[k] for s in shards for e in s.entries if (k := f"{s.file.relative}\0{e.name}") in done}
+    written = sum(e.nbytes for s in shards for e in s.entries if e.full_name in hashes)
 
-    def finished(file: PlannedFile, entry: Entry, sha: str) -> None:
+    def note(owner: Owner, sha: str) -> None:
         nonlocal written
+        file, entry = owner
+        count = file.places[entry.name][1]
         hashes[entry.full_name] = sha
-        space.note(file.relative, entry.name, sha, entry.nbytes)
-        written += entry.nbytes
+        space.note(file.relative, entry.name, sha, count)
+        written += count
+
+    def finished(job: Job, result: dict[str, str]) -> None:
+        own = result.get(job.name) if isinstance(job, Unit) else None
+        for owner in work.owners[id(job)]:
+            name = owner[1].full_name
+            sha = own or result.get(name)
+            if sha is None:
+                ref = sources[name]
+                assert isinstance(ref, TensorRef)
+                sha = known[ref.file][ref.name]
+            note(owner, sha)
         report("write", {"done": written, "total": total})
 
-    jobs: list[_Job] = []
-    for shard in shards:
-        moved: list[Entry] = []
-        for entry in shard.entries:
-            journalled = done.get(f"{shard.file.relative}\0{entry.name}")
-            if journalled is not None:
-                hashes[entry.full_name] = journalled
-                written += entry.nbytes
-            elif _is_range(entry):
-                moved.append(entry)
-            else:
-                jobs.append((shard.file, entry))
-        _copy_spans(space, shard.file, moved)
-        for entry in moved:
-            finished(shard.file, entry, _moved_digest(entry, parents))
-
-    def make(job: _Job) -> str:
-        file, entry = job
-        if isinstance(entry, Compute) and entry.streamed:
-            state, at = hashlib.sha256(), 0
-            for piece in stream_bytes(op, entry, parents, options.seed):
-                space.write_piece(file, entry.name, piece, at)
-                state.update(piece)
-                at += len(piece)
-            return state.hexdigest()
-        data = _entry_bytes(op, entry, parents, trained, options)
+    for file, entry in work.trained:
+        data = _trained_bytes(trained, entry.full_name, entry.dtype)
         space.write(file, entry.name, data)
-        return hashlib.sha256(data).hexdigest()
+        note((file, entry), hashlib.sha256(data).hexdigest())
+    if any(isinstance(job, Unit) for job in work.jobs):
+        import torch  # noqa: F401  what is loaded by now counts as held, not as room for tensors
 
-    with ThreadPoolExecutor(max(1, options.workers)) as pool:
-        for (file, entry), sha in _in_flight(pool, make, jobs, limit=max(1, options.workers)):
-            finished(file, entry, sha)
+    budget = memory_budget(options.max_memory)
+    pickles = {file: tensors for root in roots(parents) for file, tensors in root.pickles.items()}
+    resources = Resources(max(1, options.workers), options.threads, budget, pickles)
+    try:
+        engine(work.jobs, finished, resources=resources)
+    except OSError as err:
+        raise_os(err, str(space.target))
     space.sync()
-    return hashes
+    return hashes, tuple((job.name, job.peak) for job in work.jobs if isinstance(job, Unit) and job.peak > budget)
 
 
-def _in_flight(
-    pool: ThreadPoolExecutor, work: Callable[[_Job], str], jobs: list[_Job], *, limit: int
-) -> Iterator[tuple[_Job, str]]:
-    """Results as they finish, with at most `limit` jobs started at a time: memory is bounded by those."""
-    running: dict[Future[str], _Job] = {}
-    queue = iter(jobs)
+def _known_digests(checkpoints: list[Checkpoint]) -> dict[str, dict[str, str]]:
+    """sha256 of every tensor of the parents, by file and name."""
+    known: dict[str, dict[str, str]] = {}
+    for checkpoint in checkpoints:
+        shas = checkpoint.tensor_digests
+        for full_name, ref in checkpoint.tensors.items():
+            known.setdefault(ref.file, {})[ref.name] = shas[full_name]
+    return known
+
+
+def _identities(checkpoints: list[Checkpoint]) -> dict[str, tuple[int, int, int, int]]:
     try:
-        while True:
-            while len(running) < limit and (job := next(queue, None)) is not None:
-                running[pool.submit(work, job)] = job
-            if not running:
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield running.pop(future), future.result()
-    finally:
-        for future in running:
-            future.cancel()
+        return {file: digests.identity(file) for c in checkpoints for p in c.parts.values() for file in p.files}
+    except OSError as err:
+        raise CheckpointError(
+            "unreadable", f"{err.filename}: {err.strerror}", hint="it was there a moment ago"
+        ) from None
 
 
-def _is_range(entry: Entry) -> bool:
-    if isinstance(entry, Keep):
-        return entry.ref.offset >= 0
-    return isinstance(entry, Bytes) and all(ref.offset >= 0 for ref, _, _ in entry.pieces)
+def _check_unchanged(before: Mapping[str, tuple[int, int, int, int]]) -> None:
+    """Refuse to publish what was made from a file that somebody changed meanwhile."""
+    for file, identity in before.items():
+        try:
+            same = digests.identity(file) == identity
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                "changed-parent", f"{file}: changed while it was read", hint="run the command again, without --resume"
+            )
 
 
-def _copy_spans(space: Workspace, file: PlannedFile, entries: list[Entry]) -> None:
-    """Range copies, neighbours in source and target joined into one."""
-    spans: list[list[Any]] = []  # [source file, source start, target start, count]
-    for entry in sorted(entries, key=lambda e: file.places[e.name][0]):
-        at = file.places[entry.name][0]
-        pieces = ((entry.ref, 0, entry.nbytes),) if isinstance(entry, Keep) else entry.pieces  # type: ignore[attr-defined]
-        for ref, start, stop in pieces:
-            source, begin, count = ref.file, ref.offset + start, stop - start
-            last = spans[-1] if spans else None
-            if last and last[0] == source and last[1] + last[3] == begin and last[2] + last[3] == at:
-                last[3] += count
-            else:
-                spans.append([source, begin, at, count])
-            at += count
-    opened: dict[str, int] = {}
-    try:
-        for source, begin, at, count in spans:
-            if source not in opened:
-                opened[source] = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-            space.copy_range(file, at, opened[source], begin, count)
-    finally:
-        for fd in opened.values():
-            os.close(fd)
-
-
-def _moved_digest(entry: Entry, parents: list[Checkpoint]) -> str:
-    if isinstance(entry, Keep):
-        return _known(parents[entry.parent], entry.ref.name, entry.ref.file)
-    assert isinstance(entry, Bytes)
-    state = hashlib.sha256()
-    for ref, start, stop in entry.pieces:
-        piece = ref._replace(offset=ref.offset + start, nbytes=stop - start)
-        for chunk in parents[entry.parent].chunks(piece):
-            state.update(chunk)
-    return state.hexdigest()
-
-
-def _known(parent: Checkpoint, name: str, file: str) -> str:
-    if list(parent.parts) == [""]:
-        return parent.tensor_digests[name]
-    part = next(p for p in parent.parts.values() if file in p.files)
-    return parent.tensor_digests[f"{part.name}/{name}" if part.name else name]
-
-
-def _entry_bytes(op: Op, entry: Entry, parents: list[Checkpoint], trained: TrainResult, options: RunOptions) -> Any:
+def _trained_bytes(trained: TrainResult, name: str, dtype: str) -> Any:
     from surgery.store.dtypes import as_bytes, torch_dtype
 
-    if isinstance(entry, Keep):
-        return as_bytes(parents[entry.parent].read_ref(entry.ref))
-    if isinstance(entry, Bytes):
-        parent = parents[entry.parent]
-        return b"".join(bytes(as_bytes(parent.read_ref(ref)))[start:stop] for ref, start, stop in entry.pieces)
-    if isinstance(entry, Trained):
-        tensor = trained.tensors[entry.full_name]
-    else:
-        assert isinstance(entry, Compute)
-        inputs = [parents[parent].read_ref(ref) for parent, ref in entry.inputs]
-        tensor = op.run(entry, inputs, seeded(options.seed, op, entry.full_name) if entry.random else None)
-        if tuple(tensor.shape) != entry.shape:
-            raise CheckpointError(
-                "bad-plan",
-                f"'{printable(entry.full_name)}' came out as {list(tensor.shape)}",
-                hint="a fault in the operation",
-            )
-    return as_bytes(tensor.to(torch_dtype(entry.dtype)))
-
-
-def seeded(seed: int, op: Op, name: str) -> Any:
-    """The generator of one output tensor: independent of order, workers and the other tensors."""
-    import torch
-
-    return torch.Generator().manual_seed(tensor_seed(seed, op, name))
-
-
-def tensor_seed(seed: int, op: Op, name: str) -> int:
-    """The seed of one output tensor, 63 bits."""
-    text = f"{seed}\0{op.name}\0{op.version}\0{name}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-
-
-def stream_bytes(op: Op, entry: Compute, parents: list[Checkpoint], seed: int) -> Iterator[memoryview]:
-    """The bytes of a streamed entry in order, in pieces; a piece is valid until the next one is asked for."""
-    count = 0
-    with ExitStack() as opened:
-        readers = [opened.enter_context(open_reader(parents[at], ref)) for at, ref in entry.inputs]
-        for piece in op.stream(entry, readers, tensor_seed(seed, op, entry.full_name)):  # type: ignore[attr-defined]
-            view = memoryview(piece).cast("B")
-            count += len(view)
-            yield view
-    if count != entry.nbytes:
-        raise CheckpointError(
-            "bad-plan", f"'{printable(entry.full_name)}' came out as {count} bytes", hint="a fault in the operation"
-        )
+    return as_bytes(trained.tensors[name].to(torch_dtype(dtype)))
 
 
 def _check_journal(space: Workspace, shards: list[Shard]) -> None:
@@ -441,11 +367,15 @@ def _check_journal(space: Workspace, shards: list[Shard]) -> None:
     rows = [(s, e, sha) for s in shards for e in s.entries if (sha := space.done.get(f"{s.file.relative}\0{e.name}"))]
     for shard, entry, sha in rows[:: max(1, len(rows) // 8)]:
         offset, count = shard.file.places[entry.name]
-        with open(space.folder / "out" / shard.file.relative, "rb") as handle:
-            handle.seek(offset)
-            if hashlib.sha256(handle.read(count)).hexdigest() != sha:
-                space.forget()
-                return
+        ref = TensorRef(
+            entry.name, entry.dtype, entry.shape, str(space.folder / "out" / shard.file.relative), offset, count
+        )
+        state = hashlib.sha256()
+        for chunk in read_chunks(ref):
+            state.update(chunk)
+        if state.hexdigest() != sha:
+            space.forget()
+            return
 
 
 def _weight_row(space: Workspace, shard: Shard) -> dict[str, Any]:
@@ -456,8 +386,8 @@ def _weight_row(space: Workspace, shard: Shard) -> dict[str, Any]:
 def _side_files(
     space: Workspace, plan: Plan, indexes: Mapping[str, Mapping[str, str]], shards: list[Shard], extra: tuple[Any, ...]
 ) -> list[dict[str, Any]]:
-    sizes = {e.full_name: e.nbytes for s in shards for e in s.entries}
-    contents = {name: _index_json(name, weight_map, sizes) for name, weight_map in indexes.items()}
+    sizes = {e.full_name: s.file.places[e.name][1] for s in shards for e in s.entries}
+    contents = {name: index_json(name, weight_map, sizes) for name, weight_map in indexes.items()}
     for file in (*plan.files, *extra):
         if file.content is not None:
             contents[file.relative] = file.content
@@ -468,12 +398,6 @@ def _side_files(
     names = sorted({*contents, *(f.relative for f in (*plan.files, *extra))})
     out = space.folder / "out"
     return [{"path": n, "size": (out / n).stat().st_size, "sha256": digests.file_digest(out / n)} for n in names]
-
-
-def _index_json(name: str, weight_map: Mapping[str, str], sizes: Mapping[str, int]) -> bytes:
-    prefix = f"{name.rsplit('/', 1)[0]}/" if "/" in name else ""
-    total = sum(sizes[prefix + tensor] for tensor in weight_map)
-    return (json.dumps({"metadata": {"total_size": total}, "weight_map": dict(weight_map)}, indent=2) + "\n").encode()
 
 
 def _version(package: str) -> str:

@@ -1,13 +1,14 @@
 """Which output file each tensor goes to, and in what order inside it. Planning only: no byte is read or moved."""
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import CheckpointError, UsageError
 from surgery.graph.op import Entry, Keep, Plan
-from surgery.store.checkpoint import Checkpoint
+from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.header import DTYPE_BITS, read_header
 from surgery.store.layout import natural
 from surgery.store.writer import PlannedFile
@@ -36,6 +37,7 @@ def plan_shards(
     """
     if plan.mirror is not None and shard_size is None:
         return _mirrored(plan, plan.mirror, key)
+    order = natural_order({e.name for e in plan.entries})
     shards: list[Shard] = []
     indexes: dict[str, dict[str, str]] = {}
     by_part: dict[str, list[Entry]] = {p.part: [] for p in plan.parts}
@@ -44,8 +46,9 @@ def plan_shards(
     for part in plan.parts:
         entries = by_part[part.part]
         limit = plan.regroup or shard_size or SHARD_SIZE
+        entries.sort(key=lambda e: order[e.name])
         if sum(e.nbytes for e in entries) <= (limit if plan.regroup else min(SMALL_PART, limit)):
-            groups = [sorted(entries, key=lambda e: (-DTYPE_BITS[e.dtype], natural(e.name)))]
+            groups = [sorted(entries, key=lambda e: -DTYPE_BITS[e.dtype])]
         elif plan.regroup:
             groups = list(_cut(entries, limit))
         else:
@@ -73,12 +76,15 @@ def _mirrored(plan: Plan, parent: Checkpoint, key: str) -> tuple[list[Shard], di
         prefix = f"{part.name}/" if part.name else ""
         weight_map: dict[str, str] = {}
         changed = False
-        for file in part.files:
-            refs = sorted((r for r in part.tensors.values() if r.file == file), key=lambda r: (r.offset, r.name))
+        by_file: dict[str, list[TensorRef]] = {file: [] for file in part.files}
+        for ref in part.tensors.values():
+            by_file[ref.file].append(ref)
+        for file, inside in by_file.items():
+            refs = sorted(inside, key=lambda r: (r.offset, r.name))
             group = [by_name[part.name, r.name] for r in refs]
             stem = Path(file).name if parent.layout != "file" else f"{bases[part.name]}.safetensors"
             same = all((e.dtype, e.shape) == (r.dtype, r.shape) for e, r in zip(group, refs, strict=True))
-            whole = _like(prefix + stem, file) if same else None
+            whole = _like(prefix + stem, file) if same and os.path.lexists(file) else None
             shards.append(Shard(whole or _file(prefix + stem, group, key), tuple(group)))
             weight_map |= dict.fromkeys((r.name for r in refs), stem)
             changed = changed or whole is None
@@ -94,6 +100,18 @@ def _like(relative: str, file: str) -> PlannedFile:
         raw = handle.read(header.data_start)
     places = {n: (header.data_start + t.start, t.stop - t.start) for n, t in header.tensors.items()}
     return PlannedFile(relative, raw, places, header.file_size)
+
+
+def index_json(name: str, weight_map: Mapping[str, str], sizes: Mapping[str, int]) -> bytes:
+    """The index of a part's shards; `sizes` are bytes by full name."""
+    prefix = f"{name.rsplit('/', 1)[0]}/" if "/" in name else ""
+    total = sum(sizes[prefix + tensor] for tensor in weight_map)
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": dict(weight_map)}, indent=2) + "\n").encode()
+
+
+def natural_order(names: Iterable[str]) -> dict[str, int]:
+    """The place of each name in natural order: 2 before 10."""
+    return {name: place for place, name in enumerate(sorted(names, key=natural))}
 
 
 def parse_size(text: str) -> int:
@@ -130,10 +148,10 @@ def _groups(entries: list[Entry], shard_size: int | None) -> Iterable[list[Entry
 
 
 def _cut(entries: list[Entry], size: int) -> Iterable[list[Entry]]:
-    """Groups of at most `size` bytes in natural order of names; a larger tensor is a group of its own."""
+    """Groups of at most `size` bytes in the order of `entries`; a larger tensor is a group of its own."""
     piece: list[Entry] = []
     filled = 0
-    for entry in sorted(entries, key=lambda e: natural(e.name)):
+    for entry in entries:
         if piece and filled + entry.nbytes > size:
             yield sorted(piece, key=lambda e: -DTYPE_BITS[e.dtype])
             piece, filled = [], 0
@@ -156,6 +174,8 @@ def _whole_file(relative: str, group: list[Entry]) -> PlannedFile | None:
         return None
     start, size = min(r.offset for r in refs), sum(r.nbytes for r in refs)
     try:
+        if not os.path.lexists(refs[0].file):
+            return None  # of a step that is never written
         with open(refs[0].file, "rb") as handle:
             # Headers may be large: it is parsed only where the group's bytes are all that the file has.
             end = os.fstat(handle.fileno()).st_size
@@ -170,4 +190,4 @@ def _whole_file(relative: str, group: list[Entry]) -> PlannedFile | None:
     header = read_header(refs[0].file)
     if len(header.tensors) != len(refs):
         return None  # tensors without elements were left out
-    return PlannedFile(relative, raw, {r.name: (r.offset, r.nbytes) for r in refs}, header.file_size)
+    return PlannedFile(relative, raw, {r.name: (r.offset, r.nbytes) for r in refs}, header.file_size, refs[0].file)

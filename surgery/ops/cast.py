@@ -44,6 +44,7 @@ class Cast:
     version: ClassVar[int] = 1
     parents: ClassVar[int] = 1
     trainer: ClassVar[str | None] = None
+    row_wise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # One name for one dtype: `--dtype bf16` and `--dtype bfloat16` are the same work and the same node.

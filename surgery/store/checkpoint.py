@@ -22,6 +22,8 @@ from surgery.store.record import read_record
 if TYPE_CHECKING:
     import torch
 
+_SMALL = 1 << 20  # bytes
+
 
 class TensorRef(NamedTuple):
     """Where a tensor lives. `offset` is the file offset of its first byte, or -1 inside a pickle (no byte range)."""
@@ -120,7 +122,7 @@ class Checkpoint:
                 before = digests.identity(file)
                 known = digests.lookup(file) if keep else None
                 if known is None or any(ref.name not in known for ref in refs):
-                    known = {ref.name: self.hash_tensor(ref) for ref in refs}
+                    known = self._hash_file(refs)
                     if keep and digests.identity(file) == before:  # else it was written to meanwhile
                         digests.remember(file, known)
                 found.update({prefix + ref.name: known[ref.name] for ref in refs})
@@ -131,6 +133,15 @@ class Checkpoint:
         """Digest of the content: names, dtypes, shapes and bytes; the same for any sharding."""
         return content_digest((n, r.dtype, r.shape, self.tensor_digests[n]) for n, r in self.tensors.items())
 
+    @property
+    def digest_text(self) -> str:
+        """The digest as records spell it."""
+        return f"sha256:{self.digest}"
+
+    def identity(self) -> dict[str, str]:
+        """What the key of a node that is made from this checkpoint says of it."""
+        return {"digest": self.digest, "config": self.config_digest()}
+
     def config_digest(self) -> str:
         """Digest of the parsed JSON side files that say how the tensors are used: a pipeline's list of parts, configs
         of parts and schedulers."""
@@ -138,8 +149,19 @@ class Checkpoint:
         rows = {name: read_json(self.root / name) for name in self.side_files if name.endswith(ends)}
         return digests.canonical_digest(rows)
 
-    def hash_tensor(self, ref: TensorRef) -> str:
-        """sha256 of one tensor's bytes as stored, read in bounded pieces."""
+    def _hash_file(self, refs: list[TensorRef]) -> dict[str, str]:
+        """sha256 by name of all tensors of one file, which is opened once for the small ones: they may be many."""
+        if all(ref.nbytes > _SMALL or ref.offset < 0 for ref in refs):
+            return {ref.name: self.hash_tensor(ref) for ref in refs}
+        with _opened(refs[0]) as fd:
+            return {ref.name: self.hash_tensor(ref, fd=fd) for ref in refs}
+
+    def hash_tensor(self, ref: TensorRef, *, fd: int | None = None) -> str:
+        """sha256 of one tensor's bytes as stored, read in bounded pieces. `fd` is the open file, if there is one."""
+        if fd is not None and ref.nbytes <= _SMALL and ref.offset >= 0:
+            buffer = memoryview(bytearray(ref.nbytes))
+            _fill(fd, buffer, ref.offset, ref)
+            return hashlib.sha256(buffer).hexdigest()
         state = hashlib.sha256()
         for piece in self.chunks(ref):
             state.update(piece)
@@ -152,13 +174,7 @@ class Checkpoint:
             for position in range(0, len(whole), size):
                 yield whole[position : position + size]
             return
-        buffer = memoryview(bytearray(min(size, ref.nbytes)))
-        with _opened(ref) as fd:
-            os.posix_fadvise(fd, ref.offset, ref.nbytes, os.POSIX_FADV_SEQUENTIAL)
-            for position in range(0, ref.nbytes, size):
-                piece = buffer[: min(size, ref.nbytes - position)]
-                _fill(fd, piece, ref.offset + position, ref)
-                yield piece
+        yield from read_chunks(ref, size=size)
 
     def read(self, name: str, *, rows: slice | None = None) -> "torch.Tensor":
         """The tensor called `name`, or only `rows` of its first axis. Sub-byte dtypes come as raw uint8 [nbytes]."""
@@ -174,6 +190,11 @@ class Checkpoint:
             tensor = self._from_pickle(ref)
             return (tensor if rows is None else tensor[_row_range(ref, rows)]).contiguous()
         return read_tensor(ref, rows=rows)
+
+    @property
+    def pickles(self) -> "Mapping[str, Mapping[str, torch.Tensor]]":
+        """Tensors of pickles by file and name: they have no byte range."""
+        return self._pickles
 
     def _from_pickle(self, ref: TensorRef) -> "torch.Tensor":
         tensor: torch.Tensor = self._pickles[ref.file][ref.name]
@@ -307,6 +328,17 @@ def _pickle_ref(name: str, tensor: "torch.Tensor", path: str) -> TensorRef:
     except CheckpointError as err:
         raise CheckpointError("unknown-dtype", f"{path}: '{printable(name)}': {err.message}", hint=err.hint) from None
     return TensorRef(name, dtype, tuple(tensor.shape), path, -1, nbytes_of(dtype, tuple(tensor.shape)))
+
+
+def read_chunks(ref: TensorRef, *, size: int = 4 << 20) -> "Iterator[memoryview]":
+    """The bytes of a byte-range tensor, in pieces of at most `size`; each is overwritten by the next."""
+    buffer = memoryview(bytearray(min(size, ref.nbytes)))
+    with _opened(ref) as fd:
+        os.posix_fadvise(fd, ref.offset, ref.nbytes, os.POSIX_FADV_SEQUENTIAL)
+        for position in range(0, ref.nbytes, size):
+            piece = buffer[: min(size, ref.nbytes - position)]
+            _fill(fd, piece, ref.offset + position, ref)
+            yield piece
 
 
 def _tensor_bytes(tensor: "torch.Tensor") -> Any:

@@ -7,6 +7,7 @@ paths that come out of a file's content never leave its folder.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,6 +21,7 @@ LINEAGE_FILE = "surgery.json"
 _PICKLES = (".bin", ".pt", ".pth")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _MAX_SIDE_FILES = 100_000
+_NUMBERS = re.compile("([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,15 @@ def read_json(path: Path) -> Any:
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts `layers.2` before `layers.10`. Only ASCII digits count, and no number is too long for it."""
-    from re import split
-
-    pieces = [piece.lstrip("0") if piece[0] in "0123456789" else piece for piece in split(r"([0-9]+)", name) if piece]
-    keys = [(0, len(p), p) if not p or p[0] in "0123456789" else (1, 0, p) for p in pieces]
-    return [*keys, (-1, 0, name)]  # "1" and "01" are different names: no order may depend on where they came from
+    keys = []
+    for piece in _NUMBERS.split(name):
+        if piece and piece[0] in "0123456789":
+            piece = piece.lstrip("0")
+            keys.append((0, len(piece), piece))
+        elif piece:
+            keys.append((1, 0, piece))
+    keys.append((-1, 0, name))
+    return keys  # "1" and "01" are different names: no order may depend on where they came from
 
 
 def safe_relative(name: object) -> bool:
@@ -201,9 +207,7 @@ def _output_base(file: str) -> str:
 
 def _is_index(name: str, form: str) -> bool:
     """`model.safetensors.index.json`, or with a variant `model.safetensors.index.fp16.json`."""
-    from re import escape, fullmatch
-
-    return fullmatch(rf".+\.{escape(form)}\.index(\.[\w-]+)?\.json", name) is not None
+    return re.fullmatch(rf".+\.{re.escape(form)}\.index(\.[\w-]+)?\.json", name) is not None
 
 
 def _base_of(stem: str) -> bool:

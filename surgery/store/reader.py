@@ -60,14 +60,8 @@ class MemoryReader:
 
 
 @contextmanager
-def open_reader(checkpoint: Checkpoint, ref: TensorRef) -> Iterator[Reader]:
-    """A reader of `ref`, a tensor of `checkpoint`; its file is open until the block ends."""
-    if ref.offset < 0:
-        from surgery.store.dtypes import as_bytes
-
-        data = memoryview(as_bytes(checkpoint.read_ref(ref))).cast("B")
-        yield MemoryReader(ref.name, ref.dtype, ref.shape, data)
-        return
+def open_range(ref: TensorRef) -> Iterator[Reader]:
+    """A reader of a tensor that is a range of a file, which is open until the block ends."""
     try:
         fd = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as err:
@@ -76,3 +70,16 @@ def open_reader(checkpoint: Checkpoint, ref: TensorRef) -> Iterator[Reader]:
         yield FileReader(ref, fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def open_reader(checkpoint: Checkpoint, ref: TensorRef) -> Iterator[Reader]:
+    """A reader of `ref`, a tensor of `checkpoint`; its file is open until the block ends."""
+    if ref.offset < 0:
+        from surgery.store.dtypes import as_bytes
+
+        data = memoryview(as_bytes(checkpoint.read_ref(ref))).cast("B")
+        yield MemoryReader(ref.name, ref.dtype, ref.shape, data)
+    else:
+        with open_range(ref) as reader:
+            yield reader

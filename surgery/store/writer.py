@@ -31,12 +31,14 @@ _NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, err
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A safetensors file that is yet to be written: its header and where each tensor goes (file offset, bytes)."""
+    """A safetensors file that is yet to be written: its header and where each tensor goes (file offset, bytes).
+    `taken_from` is the file that it is to be equal to, where it is one."""
 
     relative: str
     header: bytes
     places: Mapping[str, tuple[int, int]]
     size: int
+    taken_from: str | None = None
 
     @classmethod
     def plan(
@@ -145,7 +147,7 @@ class Workspace:
             os.ftruncate(fd, 0)
             if planned.size:
                 _reserve(fd, planned.size)
-            _pwrite(fd, planned.header, 0)
+            write_at(fd, planned.header, 0)
         except OSError as err:
             raise_os(err, self._shown, need=planned.size)
         return False
@@ -173,19 +175,7 @@ class Workspace:
                 hint="a fault in the operation",
             )
         try:
-            _pwrite(self._files[planned.relative], view, offset)
-        except OSError as err:
-            raise_os(err, self._shown)
-
-    def write_piece(self, planned: PlannedFile, name: str, data: Any, at: int) -> None:
-        """Put some bytes of tensor `name` at byte `at` of it."""
-        offset, count = planned.places[name]
-        if at + len(data) > count:
-            raise OutputError(
-                "wrong-size", f"'{name}' has more than the {count} bytes planned", hint="a fault in the operation"
-            )
-        try:
-            _pwrite(self._files[planned.relative], data, offset + at)
+            write_at(self._files[planned.relative], view, offset)
         except OSError as err:
             raise_os(err, self._shown)
 
@@ -213,7 +203,7 @@ class Workspace:
     def put_file(self, relative: str, data: bytes) -> None:
         """Write a side file from memory."""
         with self._new_file(relative) as fd:
-            _pwrite(fd, data, 0)
+            write_at(fd, data, 0)
 
     @contextmanager
     def _new_file(self, relative: str) -> Iterator[int]:
@@ -377,7 +367,7 @@ def copy_range(source: int, start: int, target: int, at: int, count: int) -> Non
             piece = os.pread(source, min(count, 4 << 20), start)
             if not piece:
                 raise OSError(errno.EIO, "the source became shorter while it was copied")
-            _pwrite(target, piece, at)
+            write_at(target, piece, at)
             moved = len(piece)
         start, at, count = start + moved, at + moved, count - moved
 
@@ -405,7 +395,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         try:
             if path.is_file():
                 os.fchmod(fd, path.stat().st_mode & 0o777)
-            _pwrite(fd, data, 0)
+            write_at(fd, data, 0)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -426,7 +416,8 @@ def _reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _pwrite(fd: int, data: Any, offset: int) -> None:
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """Write all of `data` at `offset`. Raises OSError."""
     view = memoryview(data)
     while len(view):
         done = os.pwrite(fd, view, offset)

@@ -1,0 +1,157 @@
+"""A checkpoint that a plan describes and that was never written: what the next step of a chain reads.
+
+Its names, dtypes, shapes and configs are those of the folder that the plan would make; its tensors lead to the sources
+that they would be made from. Its side files lie as links or small files in a temporary folder, so that every operation
+plans on it as on any other.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import CheckpointError, OutputError
+from surgery.graph.lineage import make_record
+from surgery.graph.op import Op, Plan, resolved_params
+from surgery.graph.shards import index_json, plan_shards
+from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.layout import read_json, safe_relative
+
+if TYPE_CHECKING:
+    from surgery.graph.engine.work import Source
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """How a planned checkpoint would come to be; `key` names the work."""
+
+    op: Op
+    plan: Plan
+    parents: tuple[Checkpoint, ...]
+    seed: int
+    key: str
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Planned(Checkpoint):
+    """`made` says how it would be made; `sources` where its tensors' bytes come from, by file and name. A tensor that
+    a trainer would make has none: then the checkpoint serves for planning alone."""
+
+    made: PlannedStep | None = None
+    sources: "Mapping[tuple[str, str], Source]" = field(default_factory=dict)
+
+    @property
+    def step(self) -> PlannedStep:
+        """How it would be made."""
+        assert self.made is not None
+        return self.made
+
+    def identity(self) -> dict[str, str]:
+        """The work that makes it stands for its content, which nobody has seen."""
+        return {"derived": self.step.key}
+
+    @property
+    def digest_text(self) -> str:
+        """As in a record: derived:<key>."""
+        return f"derived:{self.step.key}"
+
+    @cached_property
+    def tensor_digests(self) -> dict[str, str]:
+        """Never known. Raises `CheckpointError`."""
+        raise CheckpointError("not-made", f"{self.name}: has not been made yet", hint="give the step 'cache: true'")
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """The record that it would have, without tensors and files."""
+        step = self.step
+        return make_record(
+            op=step.op.name,
+            version=step.op.version,
+            params=resolved_params(step.op),
+            seed=step.seed,
+            key=step.key,
+            parents=list(step.parents),
+            plan=step.plan,
+            tensors=None,
+            files=[],
+            environment=step.environment,
+            training={},
+        )
+
+
+def planned_checkpoint(name: str, made: PlannedStep, folder: Path) -> Planned:
+    """What `made` would publish, with its side files in `folder`, which must not exist yet."""
+    from surgery.graph.engine.jobs import source_of
+
+    plan = made.plan
+    folder.mkdir(parents=True)
+    _put_side_files(plan, folder)
+    shards, indexes = plan_shards(plan, key=made.key)
+    sizes = {e.full_name: s.file.places[e.name][1] for s in shards for e in s.entries}
+    for name, weight_map in indexes.items():
+        (folder / name).write_bytes(index_json(name, weight_map, sizes))
+    sources: dict[tuple[str, str], Source] = {}
+    tensors: dict[str, dict[str, TensorRef]] = {p.part: {} for p in plan.parts}
+    files: dict[str, list[str]] = {p.part: [] for p in plan.parts}
+    for shard in shards:
+        path = f"{folder}/{shard.file.relative}"
+        part = shard.entries[0].part if shard.entries else plan.parts[0].part
+        files[part].append(path)
+        for entry in shard.entries:
+            offset, count = shard.file.places[entry.name]
+            tensors[part][entry.name] = TensorRef(entry.name, entry.dtype, entry.shape, path, offset, count)
+            source = source_of(entry, made.op, made.parents, made.seed)
+            if source is not None:
+                sources[path, entry.name] = source
+    copied = {f.relative for f in plan.files}
+    side = tuple(sorted(n for n in copied if not n.endswith(".index.json")))
+    own = {n.rpartition("/")[0]: n for n in (*copied, *indexes) if n.endswith(".safetensors.index.json")}
+    parts = {}
+    for names in plan.parts:
+        config_file = f"{names.part}/config.json" if names.part else "config.json"
+        config = read_json(folder / config_file) if config_file in side else None
+        parts[names.part] = Part(
+            names.part,
+            names.base,
+            tensors[names.part],
+            config,
+            config_file if config is not None else None,
+            tuple(files[names.part]),
+            index=own.get(names.part),
+        )
+    kind = "pipeline" if "model_index.json" in side else "hf"
+    return Planned(name, folder, folder, kind, parts, side, made=made, sources=sources)
+
+
+def roots(parents: "tuple[Checkpoint, ...] | list[Checkpoint]") -> list[Checkpoint]:
+    """The checkpoints on disk that `parents` are or are planned from, each once."""
+    found: dict[int, Checkpoint] = {}
+    waiting, seen = list(parents), set()
+    while waiting:
+        parent = waiting.pop()
+        if id(parent) in seen:
+            continue
+        seen.add(id(parent))
+        if isinstance(parent, Planned):
+            waiting.extend(parent.step.parents)
+        else:
+            found[id(parent)] = parent
+    return list(found.values())
+
+
+def _put_side_files(plan: Plan, folder: Path) -> None:
+    try:
+        for file in plan.files:
+            if not safe_relative(file.relative):
+                raise OutputError("unsafe-path", f"{file.relative!r} would leave the folder", hint="a fault of ours")
+            path = folder / file.relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if file.content is not None:
+                path.write_bytes(file.content)
+            else:
+                os.symlink(os.path.abspath(str(file.source)), path)
+    except OSError as err:
+        raise OutputError("not-writable", f"{folder}: {err.strerror}", hint="set TMPDIR to another folder") from None
