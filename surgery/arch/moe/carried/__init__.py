@@ -1,0 +1,1 @@
+"""The files that travel with a Chain-of-Experts checkpoint: they import torch and transformers and nothing of ours."""
