@@ -22,6 +22,7 @@ from surgery.errors import SurgeryError, UsageError, closest
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("surgery.cli.demo:demo", "Graft a small diffusion transformer on real digits, end to end, in minutes."),
     "graft": ("op:graft", "Replace operators of a diffusion transformer and repair the model."),
+    "coe": ("op:coe", "Turn a mixture of experts into a Chain-of-Experts, and back."),
     "cast": ("op:cast", "Store floating-point tensors in another precision."),
     "rename": ("op:rename", "Rename tensors by patterns."),
     "slice": ("op:slice", "Keep, drop and repeat blocks of a model."),

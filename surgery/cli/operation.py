@@ -44,6 +44,14 @@ _COMMON: dict[str, tuple[Any, Any]] = {
             help="Memory of the whole process; tensors wait for room [default: 60 % of what is available].",
         ),
     ),
+    "link": (
+        str,
+        typer.Option(
+            "--link",
+            metavar="copy|hard",
+            help="Files that stay whole: copied (shared where the disk can), or hard links.",
+        ),
+    ),
     "dry_run": (bool, typer.Option("--dry-run", help="Print the plan and its cost from headers alone; write nothing.")),
     "resume": (bool, typer.Option("--resume", help="Go on with a run of the same command that was interrupted.")),
     "overwrite": (bool, typer.Option("--overwrite", help="Replace an output that surgery made, in one step.")),
@@ -60,6 +68,7 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "workers": 0,
     "shard_size": None,
     "max_memory": None,
+    "link": "copy",
     "dry_run": False,
     "resume": False,
     "overwrite": False,
@@ -152,14 +161,23 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     if result.reused:
         output.note(f"resumed: {result.reused} tensors were reused")
     note_alone(result)
-    training = result.record["steps"][-1].get("training", {})
+    last = result.record["steps"][-1]
+    training = {**last.get("training", {}), **result.record.get("measured", {})}
     for line in getattr(op, "summary", lambda t: [])(training) if training else []:
         output.note(line)
     if common["as_json"]:
         record = result.record
         step = record["steps"][-1]
         rows = {"path": str(result.path), "digest": record["digest"], "record": record["record"], "key": step["key"]}
-        output.data_json(rows | {"found": result.found, "reused": result.reused, "training": step.get("training", {})})
+        output.data_json(
+            rows
+            | {
+                "found": result.found,
+                "reused": result.reused,
+                "training": step.get("training", {}),
+                "checked": step.get("checked", {}),
+            }
+        )
     else:
         output.data(str(result.path))
 
@@ -183,12 +201,15 @@ def _notice(plan: Plan) -> None:
 def run_options(common: Mapping[str, Any]) -> RunOptions:
     """The run options of a command line, checked."""
     extra = {"workers": common["workers"]} if common["workers"] else {}
+    if common["link"] not in ("copy", "hard"):
+        raise UsageError("bad-option", f"--link {common['link']}: unknown", hint="copy or hard")
     return RunOptions(
         seed=common["seed"],
         device=common["device"],
         threads=common["threads"],
         shard_size=parse_size(common["shard_size"]) if common["shard_size"] is not None else None,
         max_memory=parse_size(common["max_memory"]) if common["max_memory"] is not None else None,
+        link=common["link"],
         resume=common["resume"],
         overwrite=common["overwrite"],
         offline=common["offline"],

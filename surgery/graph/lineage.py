@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, UsageError, printable
-from surgery.graph.op import Bytes, Compute, Keep, Plan, Trained
+from surgery.graph.op import Bytes, Compute, Given, Keep, Plan, Trained
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint, content_digest
 from surgery.store.header import read_header
@@ -240,7 +240,7 @@ def _changes(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
 
     groups: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
     for entry in plan.entries:
-        how = {Keep: "keep", Bytes: "bytes", Compute: "compute", Trained: "train"}[type(entry)]
+        how = {Keep: "keep", Bytes: "bytes", Compute: "compute", Given: "constant", Trained: "train"}[type(entry)]
         sources: tuple[str, ...] = ()
         if isinstance(entry, Compute):
             sources = tuple(names[i] for i in sorted({parent for parent, _ in entry.inputs}))

@@ -85,6 +85,13 @@ class Compute(Entry):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Given(Entry):
+    """Bytes that the plan knows already, such as constants."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trained(Entry):
     """The operation's trainer makes it, together with all other entries of this kind."""
 
@@ -113,7 +120,9 @@ class Plan:
     `report` is what `--dry-run --json` prints (made of JSON values); `config_edits` are (path, old, new); `inputs` are
     digests of data that is read beside the parents, and part of the node's identity. `regroup` puts all tensors, kept
     ones too, into new files of at most so many bytes, in natural order of names. `mirror` is a parent whose files the
-    output repeats: their names, the order in them and, where nothing but values changes, their headers.
+    output repeats: their names, the order in them and, where nothing but values changes, their headers. `new_file`
+    leaves the parent's files whole, small ones too, and puts what is not in them into files of that stem ("" where
+    there is nothing new).
     """
 
     entries: tuple[Entry, ...]
@@ -126,6 +135,7 @@ class Plan:
     inputs: Mapping[str, str] = field(default_factory=dict)
     regroup: int | None = None
     mirror: Checkpoint | None = None
+    new_file: str | None = None
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""
@@ -181,10 +191,11 @@ class Op(Protocol):
     def run(self, task: Compute, tensors: "list[torch.Tensor]", generator: "torch.Generator | None") -> "torch.Tensor":
         """One output tensor from its inputs; pure: equal inputs give equal bits.
 
-        Two more methods are optional. `stream(task, readers, seed)` yields the bytes of a `streamed` entry in order,
+        Three more methods are optional. `stream(task, readers, seed)` yields the bytes of a `streamed` entry in order,
         as flat buffers that it may use again; `seed` is that of this tensor. `measure(plan, seed, *parents)` returns
-        JSON values about the change, taken from the parents before anything is written; the lineage keeps them beside
-        what is hashed.
+        JSON values about the change, taken from the parents before anything is written; `check(folder, plan, parents,
+        report)` looks at the finished folder before it is published, raises or returns more of them. The lineage keeps
+        them beside what is hashed.
         """
         ...
 

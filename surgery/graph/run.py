@@ -21,6 +21,7 @@ from surgery.graph.engine.local import Engine, run_jobs
 from surgery.graph.engine.work import Job, Resources, Source, Unit
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
+    Given,
     Op,
     Plan,
     PlanContext,
@@ -55,6 +56,7 @@ class RunOptions:
     workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     shard_size: int | None = None  # bytes; None: kept files stay as they are, new ones follow graph.shards
     max_memory: int | None = None  # bytes of the whole process; None: a share of what is available
+    link: str = "copy"  # "hard": files of a parent that stay whole become hard links to it
     resume: bool = False
     overwrite: bool = False
     offline: bool = False
@@ -112,20 +114,22 @@ def run_op(
     shards, indexes = plan_shards(plan, key=key, shard_size=options.shard_size)
     sources = {e.full_name: source_of(e, op, parents, options.seed) for e in plan.entries}
     before = _identities(roots(parents))
-    with Workspace(out, key, resume=options.resume, overwrite=options.overwrite) as space:
-        space.check_space(sum(s.file.size for s in shards))
+    with Workspace(out, key, resume=options.resume, overwrite=options.overwrite, link=options.link) as space:
+        space.check_space(sum(space.need(s.file) for s in shards))
         # Space is reserved for every file first: a full disk shows before any work is done.
         for shard in shards:
             space.begin_file(shard.file)
         _check_journal(space, shards)
         planned = {f"{s.file.relative}\0{e.name}" for s in shards for e in s.entries}
-        done = {k: sha for k, sha in space.done.items() if k in planned}
+        done = {k: sha for k, sha in space.done.items() if k in planned} | _linked(space, shards, sources, parents)
         trained = _train(op, plan, parents, options, space, report)
         work = plan_jobs(shards, sources, str(space.folder / "out"), done)
         hashes, alone = _write(work, shards, sources, parents, space, done, trained, options, report, engine)
         _check_unchanged(before)
         files = [_weight_row(space, shard) for shard in shards]
         files += _side_files(space, plan, indexes, shards, trained.files)
+        check = getattr(op, "check", None)
+        checked = check(space.folder / "out", plan, parents, report) if check is not None else {}
         environment = run_environment(options)
         record = make_record(
             op=op.name,
@@ -139,7 +143,7 @@ def run_op(
             files=files,
             environment=environment,
             training=trained.record,
-            measured=measured,
+            measured={**measured, **checked},
         )
         space.put_file(LINEAGE_FILE, encode(record))
         space.publish()
@@ -307,7 +311,8 @@ def _write(
         report("write", {"done": written, "total": total})
 
     for file, entry in work.trained:
-        data = _trained_bytes(trained, entry.full_name, entry.dtype)
+        given = isinstance(entry, Given)
+        data = entry.data if given else _trained_bytes(trained, entry.full_name, entry.dtype)
         space.write(file, entry.name, data)
         note((file, entry), hashlib.sha256(data).hexdigest())
     if any(isinstance(job, Unit) for job in work.jobs):
@@ -322,6 +327,23 @@ def _write(
         raise_os(err, str(space.target))
     space.sync()
     return hashes, tuple((job.name, job.peak) for job in work.jobs if isinstance(job, Unit) and job.peak > budget)
+
+
+def _linked(
+    space: Workspace, shards: list[Shard], sources: Mapping[str, Source | None], parents: list[Checkpoint]
+) -> dict[str, str]:
+    """sha256 by "file\0tensor" of everything in files that are links to a parent's: nothing is left to do there."""
+    files = [shard for shard in shards if shard.file.relative in space.linked]
+    if not files:
+        return {}
+    known = _known_digests(roots(parents))
+    found = {}
+    for shard in files:
+        for entry in shard.entries:
+            ref = sources[entry.full_name]
+            assert isinstance(ref, TensorRef)
+            found[f"{shard.file.relative}\0{entry.name}"] = known[ref.file][ref.name]
+    return found
 
 
 def _known_digests(checkpoints: list[Checkpoint]) -> dict[str, dict[str, str]]:

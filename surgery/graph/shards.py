@@ -40,11 +40,19 @@ def plan_shards(
     order = natural_order({e.name for e in plan.entries})
     shards: list[Shard] = []
     indexes: dict[str, dict[str, str]] = {}
+    weight_map: dict[str, str]
     by_part: dict[str, list[Entry]] = {p.part: [] for p in plan.parts}
     for entry in plan.entries:
         by_part[entry.part].append(entry)
     for part in plan.parts:
         entries = by_part[part.part]
+        prefix = f"{part.part}/" if part.part else ""
+        if plan.new_file is not None and shard_size is None:
+            files, weight_map = _beside(entries, prefix, part.base, plan.new_file, key)
+            shards += files
+            if len(files) > 1:
+                indexes[f"{prefix}{part.base}.safetensors.index.json"] = weight_map
+            continue
         limit = plan.regroup or shard_size or SHARD_SIZE
         entries.sort(key=lambda e: order[e.name])
         if sum(e.nbytes for e in entries) <= (limit if plan.regroup else min(SMALL_PART, limit)):
@@ -53,8 +61,7 @@ def plan_shards(
             groups = list(_cut(entries, limit))
         else:
             groups = list(_groups(entries, shard_size))
-        prefix = f"{part.part}/" if part.part else ""
-        weight_map: dict[str, str] = {}
+        weight_map = {}
         for number, group in enumerate(groups, start=1):
             suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
             name = f"{part.base}{suffix}.safetensors"
@@ -126,6 +133,31 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError("size", f"'{text}' is not a size", hint="write 500MB, 5GB or 2GiB")
     return size
+
+
+def _beside(entries: list[Entry], prefix: str, base: str, stem: str, key: str) -> tuple[list[Shard], dict[str, str]]:
+    """The parent's files as they are, and new ones called `stem`-00001 and so on for the rest; with the weight map."""
+    old: dict[str, list[Entry]] = {}
+    new: list[Entry] = []
+    for entry in entries:
+        # A block that is kept under another name, or twice, is new: the parent's file has no room for it.
+        if isinstance(entry, Keep) and entry.name == entry.ref.name:
+            old.setdefault(entry.ref.file, []).append(entry)
+        else:
+            new.append(entry)
+    groups: dict[str, list[Entry]] = {}
+    for number, file in enumerate(sorted(old, key=natural), start=1):
+        # A lone model.safetensors beside an index would be read in place of the index.
+        suffix = f"-{number:05d}-of-{len(old):05d}" if len(old) > 1 or new else ""
+        order = sorted(old[file], key=lambda e: (-DTYPE_BITS[e.dtype], e.ref.offset if isinstance(e, Keep) else 0))
+        groups[f"{base}{suffix}.safetensors"] = order
+    for number, group in enumerate(_cut(new, SHARD_SIZE), start=1):
+        groups[f"{stem}-{number:05d}.safetensors"] = group
+    shards = [
+        Shard(_whole_file(prefix + name, group) or _file(prefix + name, group, key), tuple(group))
+        for name, group in groups.items()
+    ]
+    return shards, {e.name: name for name, group in groups.items() for e in group}
 
 
 def _groups(entries: list[Entry], shard_size: int | None) -> Iterable[list[Entry]]:

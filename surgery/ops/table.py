@@ -8,6 +8,7 @@ from surgery.graph.op import load_attribute
 
 OPS: Mapping[str, str] = {
     "init": "surgery.ops.init:Init",
+    "coe": "surgery.ops.coe:Coe",
     "graft": "surgery.ops.graft:Graft",
     "cast": "surgery.ops.cast:Cast",
     "rename": "surgery.ops.rename:Rename",

@@ -4,6 +4,7 @@
 writes, and nothing knows what a model does.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -157,11 +158,14 @@ class Checkpoint:
             return {ref.name: self.hash_tensor(ref, fd=fd) for ref in refs}
 
     def hash_tensor(self, ref: TensorRef, *, fd: int | None = None) -> str:
-        """sha256 of one tensor's bytes as stored, read in bounded pieces. `fd` is the open file, if there is one."""
+        """sha256 of one tensor's bytes as stored, read in bounded pieces; holes of a sparse file are not read. `fd` is
+        the open file, if there is one."""
         if fd is not None and ref.nbytes <= _SMALL and ref.offset >= 0:
             buffer = memoryview(bytearray(ref.nbytes))
             _fill(fd, buffer, ref.offset, ref)
             return hashlib.sha256(buffer).hexdigest()
+        if ref.offset >= 0 and _is_hole(ref):
+            return digests.zeros_digest(ref.nbytes)
         state = hashlib.sha256()
         for piece in self.chunks(ref):
             state.update(piece)
@@ -390,6 +394,17 @@ def _opened(ref: TensorRef) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _is_hole(ref: TensorRef) -> bool:
+    """Whether no byte of a large tensor was ever written; they all read as zero then."""
+    if ref.nbytes < 1 << 16:
+        return False
+    with _opened(ref) as fd:
+        try:
+            return os.lseek(fd, ref.offset, os.SEEK_DATA) >= ref.offset + ref.nbytes
+        except OSError as err:  # ENXIO: no data up to the end of the file, which may also end before the tensor does
+            return err.errno == errno.ENXIO and os.fstat(fd).st_size >= ref.offset + ref.nbytes
 
 
 def _fill(fd: int, view: memoryview, offset: int, ref: TensorRef) -> None:

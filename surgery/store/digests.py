@@ -10,6 +10,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def cache_folder() -> Path:
         return Path(own) / "v1"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "surgery" / "v1"
+
+
+@cache
+def zeros_digest(count: int) -> str:
+    """sha256 (hex) of `count` zero bytes."""
+    state, piece = hashlib.sha256(), bytes(1 << 20)
+    for _ in range(count >> 20):
+        state.update(piece)
+    state.update(piece[: count & (1 << 20) - 1])
+    return state.hexdigest()
 
 
 def lookup(file: str) -> dict[str, str] | None:

@@ -26,6 +26,7 @@ from surgery.store.layout import safe_relative
 
 _SYNC_BYTES = 256 << 20
 _SYNC_SECONDS = 5.0
+_MAY_HAVE_HOLES = 1 << 20  # bytes; shorter ranges are copied without a look
 _NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EPERM}
 
 
@@ -52,15 +53,19 @@ class PlannedFile:
 class Workspace:
     """The hidden folder of one run, its lock and its journal. Use as a context manager.
 
-    `key` names the work: a later run with the same key may resume. Raises `OutputError` when the target exists (unless
-    `overwrite`), `Busy` when another run writes it.
+    `key` names the work: a later run with the same key may resume. With `link` "hard", files that equal one of a parent
+    become hard links (`linked`). Raises `OutputError` when the target exists (unless `overwrite`), `Busy` when another
+    run writes it.
     """
 
-    def __init__(self, target: Path, key: str, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self, target: Path, key: str, *, resume: bool = False, overwrite: bool = False, link: str = "copy"
+    ) -> None:
         self.target = target.absolute()
         self.key = key
         self.folder = self.target.parent / f".{self.target.name}.surgery-{key[:12]}"
-        self._resume, self._overwrite = resume, overwrite
+        self._resume, self._overwrite, self._link = resume, overwrite, link
+        self.linked: set[str] = set()
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes, self._last_sync = 0, time.monotonic()
         self._files: dict[str, int] = {}
@@ -128,12 +133,24 @@ class Workspace:
                 hint="free some space or name another disk",
             )
 
+    def need(self, planned: PlannedFile) -> int:
+        """Bytes of disk that `planned` takes; a file that is taken from another may have holes, or be a link."""
+        if planned.taken_from is None:
+            return planned.size
+        return 0 if self._link == "hard" else _allocated(planned.taken_from, planned.size)
+
     def begin_file(self, planned: PlannedFile) -> bool:
         """Create `planned` with its space reserved and its header written, or reopen it: True when it was there."""
         path = self._inside(planned.relative)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             known = path.exists()
+            if known and path.stat().st_nlink > 1:
+                path.unlink()  # a link of an earlier run to a file of the parent, which must not be written to
+                known = False
+            if planned.taken_from is not None and self._link == "hard":
+                self._link_file(path, planned)
+                return known
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._files[planned.relative] = fd
             self._made.add(planned.relative)
@@ -145,12 +162,28 @@ class Workspace:
                 return True
             self.forget(planned.relative)
             os.ftruncate(fd, 0)
-            if planned.size:
+            if planned.size and self.need(planned) >= planned.size:
                 _reserve(fd, planned.size)
+            else:
+                os.ftruncate(fd, planned.size)
             write_at(fd, planned.header, 0)
         except OSError as err:
             raise_os(err, self._shown, need=planned.size)
         return False
+
+    def _link_file(self, path: Path, planned: PlannedFile) -> None:
+        assert planned.taken_from is not None
+        path.unlink(missing_ok=True)
+        try:
+            os.link(os.path.realpath(planned.taken_from), path)
+        except OSError as err:
+            raise OutputError(
+                "no-link",
+                f"{self._shown}: {planned.taken_from} cannot be linked there: {err.strerror}",
+                hint="leave out --link hard, or name an -o on the same disk",
+            ) from None
+        self._made.add(planned.relative)
+        self.linked.add(planned.relative)
 
     def forget(self, relative: str | None = None) -> None:
         """Stop trusting what an earlier run noted, for one file or for all, before its bytes change."""
@@ -355,7 +388,16 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def copy_range(source: int, start: int, target: int, at: int, count: int) -> None:
-    """Copy bytes between descriptors with `copy_file_range`, or through a buffer where the kernel will not."""
+    """Copy bytes between descriptors with `copy_file_range`, or through a buffer where the kernel will not. Holes are
+    left out: what is written is zero before."""
+    if count >= _MAY_HAVE_HOLES:
+        for begin, length in _data_ranges(source, start, count):
+            _copy_data(source, begin, target, at + begin - start, length)
+    else:
+        _copy_data(source, start, target, at, count)
+
+
+def _copy_data(source: int, start: int, target: int, at: int, count: int) -> None:
     while count > 0:
         try:
             moved = os.copy_file_range(source, target, min(count, 1 << 30), start, at)
@@ -370,6 +412,32 @@ def copy_range(source: int, start: int, target: int, at: int, count: int) -> Non
             write_at(target, piece, at)
             moved = len(piece)
         start, at, count = start + moved, at + moved, count - moved
+
+
+def _data_ranges(source: int, start: int, count: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what was ever written within the range, in order."""
+    at, stop = start, start + count
+    if stop > os.fstat(source).st_size:
+        yield start, count  # it ends too early: copying says so
+        return
+    while at < stop:
+        try:
+            begin = os.lseek(source, at, os.SEEK_DATA)
+        except OSError as err:
+            if err.errno == errno.ENXIO:
+                return  # only a hole is left
+            raise
+        if begin >= stop:
+            return
+        at = min(os.lseek(source, begin, os.SEEK_HOLE), stop)
+        yield begin, at - begin
+
+
+def _allocated(path: str, size: int) -> int:
+    """How many bytes of disk a file of `size` bytes takes: less than that where it has holes."""
+    with suppress(OSError):
+        return min(os.stat(path).st_blocks * 512, size)
+    return size
 
 
 def raise_os(err: OSError, shown: str, *, need: int | None = None) -> NoReturn:

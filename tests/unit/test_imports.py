@@ -23,7 +23,7 @@ ORDER = (
     ("data",),
     ("steering",),
     ("ops", "train", "evals"),
-    ("cli", "api", "__main__"),
+    ("cli", "api", "hf", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 SIBLINGS = {"ops", "train", "evals"}

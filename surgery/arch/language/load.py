@@ -1,8 +1,9 @@
 """A language or vision-language model from its folder: the module, and the processor or tokenizer beside it.
 
-The classes are those of the installed transformers; no code from the folder is run and nothing is fetched. Loading is
-strict: a tensor that is missing, left over or of another shape is an error, where transformers would go on with random
-weights. transformers is imported inside the functions, since importing it takes seconds.
+The classes are those of the installed transformers, and ours for Chain-of-Experts; no code from the folder is run and
+nothing is fetched. Loading is strict: a tensor that is missing, left over or of another shape is an error, where
+transformers would go on with random weights. transformers is imported inside the functions, since importing it takes
+seconds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from surgery.arch.moe.families import chain_family
 from surgery.errors import CheckpointError, ResourceError, UsageError, closest, printable
 from surgery.store.checkpoint import Checkpoint
 
@@ -161,6 +163,10 @@ def _is_multimodal(base: Checkpoint) -> bool:
 def _model_class(base: Checkpoint) -> Any:
     """The class that the config names, else the one that fits its model type."""
     config = _config(base)
+    if (chain := chain_family(config)) is not None:
+        from surgery.arch.moe.build import model_class
+
+        return model_class(chain)
     import transformers
 
     named = config.get("architectures") or []

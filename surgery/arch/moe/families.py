@@ -121,6 +121,13 @@ class Experts:
     layers: tuple[ExpertLayer, ...]
     depth: int
     fused: bool
+    shared: bool  # some experts see every token
+
+
+def chain_family(config: Mapping[str, Any]) -> Family | None:
+    """The family that a Chain-of-Experts config was converted from; None for any other config."""
+    kind = config.get("model_type")
+    return FAMILIES.get(kind.removeprefix(COE)) if isinstance(kind, str) and kind.startswith(COE) else None
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -165,7 +172,8 @@ def find_experts(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], wh
         fused = _check_layer(family, layer, count, tensors, where)
     if not 0 < topk <= count:
         raise CheckpointError("experts-disagree", f"{where}: {topk} experts per token of {count}", hint="a bad config")
-    return Experts(family, count, topk, width, inner, layers, depth, fused)
+    shared = any(n.startswith(f"{layers[0].prefix}.shared_expert") for n in tensors)
+    return Experts(family, count, topk, width, inner, layers, depth, fused, shared)
 
 
 def _layers(family: Family, tensors: Mapping[str, TensorRef], where: str) -> Iterable[ExpertLayer]:
@@ -185,9 +193,7 @@ def _layers(family: Family, tensors: Mapping[str, TensorRef], where: str) -> Ite
         return
 
 
-def _check_layer(
-    family: Family, layer: ExpertLayer, count: int, tensors: Mapping[str, TensorRef], where: str
-) -> bool:
+def _check_layer(family: Family, layer: ExpertLayer, count: int, tensors: Mapping[str, TensorRef], where: str) -> bool:
     """Whether the layer's experts lie in fused tensors; raises unless all of the `count` experts are there."""
     for names in family.fused:
         found = [tensors[f"{layer.prefix}.{n}"] for n in names if f"{layer.prefix}.{n}" in tensors]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.graph.engine.work import Copy, Job, Joined, Made, Source, Unit, is_range, join, peak_of, place_of
-from surgery.graph.op import Bytes, Compute, Entry, Keep, Op, Trained
+from surgery.graph.op import Bytes, Compute, Entry, Given, Keep, Op, Trained
 from surgery.graph.planned import Planned
 from surgery.graph.shards import Shard
 from surgery.store.checkpoint import Checkpoint, TensorRef
@@ -19,8 +19,8 @@ Owner = tuple[PlannedFile, Entry]
 
 @dataclass(frozen=True)
 class Jobs:
-    """The work, in the order in which it reads; `owners` are the output tensors of each job, `trained` what the trainer
-    has in memory."""
+    """The work, in the order in which it reads; `owners` are the output tensors of each job, `trained` what is in
+    memory already: the trainer's results, and what the plan gives."""
 
     jobs: tuple[Job, ...]
     owners: Mapping[int, tuple[Owner, ...]]
@@ -28,8 +28,8 @@ class Jobs:
 
 
 def source_of(entry: Entry, op: Op, parents: Sequence[Checkpoint], seed: int) -> Source | None:
-    """Where the bytes of an entry come from, looked up through parents that were never written; None for what a trainer
-    makes."""
+    """Where the bytes of an entry come from, looked up through parents that were never written; None for what is
+    in memory already: a trainer's results, and what the plan gives."""
     if isinstance(entry, Keep):
         return _origin(parents[entry.parent], entry.ref)
     if isinstance(entry, Bytes):
@@ -37,7 +37,7 @@ def source_of(entry: Entry, op: Op, parents: Sequence[Checkpoint], seed: int) ->
         return join(entry.dtype, entry.shape, entry.nbytes, tuple(pieces))
     if isinstance(entry, Compute):
         return Made(op, entry, tuple(_origin(parents[at], ref) for at, ref in entry.inputs), seed)
-    assert isinstance(entry, Trained)
+    assert isinstance(entry, Trained | Given)
     return None
 
 

@@ -99,6 +99,8 @@ class CoEBlock:
             if router.weight.device.type != "meta":
                 for gate in self.coe_gates:
                     gate.load_state_dict(router.state_dict())
+        for t, gate in enumerate([router, *getattr(self, "coe_gates", ())]):
+            gate.top_k = self.coe_listed[t]
         if config.coe_gate != "none" and config.coe_route != "paper":
             width = 1 if config.coe_gate == "scalar" else config.hidden_size
             if count > 1:
@@ -154,7 +156,8 @@ class CoEBlock:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(weights, experts), each [T, k], of pass `t`; `taken` holds what earlier passes chose."""
         router = getattr(self, self.coe_router) if t == 0 or self.coe_share else self.coe_gates[t - 1]
-        router.top_k = self.coe_listed[t]
+        if self.coe_share and router.top_k != self.coe_listed[t]:
+            router.top_k = self.coe_listed[t]
         logits, weights, index = router(z_TH)
         if self.coe_normalise and weights.shape[1] > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -224,6 +227,7 @@ class CoEForCausalLM:
                 continue
             block.__class__ = self.coe_block
             block.start_chain(config)
+            block.reset_chain()  # the block counts as initialised already: the library would pass it over
             if not block.coe_outer:
                 layer.register_forward_hook(_without_residual(self.coe_attribute))
             router = getattr(block, block.coe_router)
