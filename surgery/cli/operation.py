@@ -175,7 +175,7 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
                 "found": result.found,
                 "reused": result.reused,
                 "training": step.get("training", {}),
-                "checked": step.get("checked", {}),
+                "measured": record.get("measured", {}),
             }
         )
     else:

@@ -41,12 +41,12 @@ def test_append_is_exact_and_says_so(command: Run, moe: Path) -> None:
     ended = command("verify", "coe")
     assert ended.code == 0, ended.stdout
     record = json.loads(Path("coe/surgery.json").read_text())
-    assert record["steps"][-1]["checked"]["verified"] == "logits"
+    assert record["measured"]["verified"] == "logits"
 
 
 def test_split_says_how_much_rounding_it_is(command: Run, moe: Path) -> None:
     ended = command("coe", moe, "-o", "coe", "--json")
-    facts = json.loads(ended.stdout)["checked"]
+    facts = json.loads(ended.stdout)["measured"]
     assert facts["function"].startswith("rounding (max ") and facts["max_difference"] < 2e-6
 
 
