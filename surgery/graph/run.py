@@ -311,8 +311,10 @@ def _write(
         report("write", {"done": written, "total": total})
 
     for file, entry in work.trained:
-        given = isinstance(entry, Given)
-        data = entry.data if given else _trained_bytes(trained, entry.full_name, entry.dtype)
+        if isinstance(entry, Given):
+            data = entry.data
+        else:
+            data = _trained_bytes(trained, entry.full_name, entry.dtype)
         space.write(file, entry.name, data)
         note((file, entry), hashlib.sha256(data).hexdigest())
     if any(isinstance(job, Unit) for job in work.jobs):
