@@ -71,8 +71,11 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
         {"merge": ("surgery.cli.layers:sweep_merge", "Merges at several shares and layers, chosen on held-out items.")},
     ),
     "adaptvis": (
-        "Patch the attention that vision-language models pay to images.",
+        "Steer what a vision-language model looks at, and let checkpoints carry it.",
         {
+            "attach": ("op:adaptvis-attach", "Attach an attention patch; the weights stay as they are, byte for byte."),
+            "ask": ("surgery.cli.adaptvis.ask:ask", "Ask one question about a picture, steered."),
+            "verify": ("surgery.cli.adaptvis.verify:verify", "Check that a checkpoint's patch is whole and acts."),
             "data": (
                 "Make or import questions about where things are.",
                 {

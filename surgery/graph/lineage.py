@@ -251,7 +251,7 @@ def _changes(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
         groups.setdefault((pattern, how, sources), []).extend(numbers)
     return [
         {
-            "tensors": p.replace("{}", "{" + _ranges(n) + "}", 1) if n else p,
+            "tensors": p.replace("{}", "{" + ranges(n) + "}", 1) if n else p,
             "count": max(1, len(n)),
             "how": how,
             "from": list(src),
@@ -260,7 +260,7 @@ def _changes(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """1,3,8-12 for [1, 3, 8, 9, 10, 11, 12]."""
     pieces: list[str] = []
     ordered = sorted(set(numbers))

@@ -15,6 +15,7 @@ OPS: Mapping[str, str] = {
     "slice": "surgery.ops.slice:Slice",
     "extract": "surgery.ops.extract:Extract",
     "reshard": "surgery.ops.reshard:Reshard",
+    "adaptvis-attach": "surgery.ops.adaptvis:AdaptVis",
     "train-diffusion": "surgery.ops.train_diffusion:TrainDiffusion",
     "train-classifier": "surgery.ops.train_classifier:TrainClassifier",
     "train-scenes": "surgery.ops.train_scenes:TrainScenes",

@@ -332,6 +332,9 @@ def stored_patch(spec: Mapping[str, Any]) -> tuple[Rule, Policy, str]:
     if spec.get("scale") is not None:
         fixed = float(spec["scale"])
         return rule, Policy(fixed, fixed, 0.0), spec.get("image_keys", "id")
+    missing = [k for k in ("alpha1", "alpha2", "beta") if spec.get(k) is None]
+    if missing:
+        raise SteeringError(f"the stored patch lacks {', '.join(missing)}; attach it again")
     policy = Policy(
         *(float(spec[k]) for k in ("alpha1", "alpha2", "beta")),
         confidence=spec.get("confidence", "max-prob"),

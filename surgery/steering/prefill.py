@@ -48,6 +48,7 @@ class Prefill:
         self.model = model
         with refusals():
             self.state: Steering = prepare(model, patch, inputs=inputs, tokenizer=tokenizer)
+        self._own = list(self.state.applied)
         self.batch = self.state.applied[0].keys.shape[0]
         self.passes = {"prompt": 0, "cheap": 0, "full": 0, "tokens": 0}
         self._inputs = inputs
@@ -117,14 +118,16 @@ class Prefill:
         with refusals():
             return confidences(self.logits, policy)
 
-    def steered(self, alpha: float | Sequence[float]) -> torch.Tensor:
-        """First-token logits [B, V] under `alpha`, one number or one a sample; the cache then holds the steered prompt.
-
-        Where every alpha is 1 these are `logits` themselves, bit for bit."""
-        listed = [float(alpha)] * self.batch if isinstance(alpha, int | float) else [float(a) for a in alpha]
-        for value in listed:
-            check_alpha("alpha", value, self.state.applied[0].rule.mode)
-        self.state.applied = [replace(a, alpha=tuple(listed)) for a in self.state.applied]
+    def steered(self, alpha: float | Sequence[float] | None) -> torch.Tensor:
+        """First-token logits [B, V] under `alpha`, one number or one a sample (None: each patch's own); the cache then
+        holds the steered prompt. Where every alpha is 1 these are `logits` themselves, bit for bit."""
+        if alpha is None:
+            self.state.applied = list(self._own)
+        else:
+            listed = [float(alpha)] * self.batch if isinstance(alpha, int | float) else [float(a) for a in alpha]
+            for value in listed:
+                check_alpha("alpha", value, self.state.applied[0].rule.mode)
+            self.state.applied = [replace(a, alpha=tuple(listed)) for a in self._own]
         if all(a.identity for a in self.state.applied):
             _restore(self._cache, self._plain)
             self._steered = self._plain
