@@ -76,6 +76,10 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
             "attach": ("op:adaptvis-attach", "Attach an attention patch; the weights stay as they are, byte for byte."),
             "ask": ("surgery.cli.adaptvis.ask:ask", "Ask one question about a picture, steered."),
             "verify": ("surgery.cli.adaptvis.verify:verify", "Check that a checkpoint's patch is whole and acts."),
+            "eval": (
+                "surgery.cli.adaptvis.evaluate:evaluate",
+                "Ask where things are, plainly and steered.",
+            ),
             "data": (
                 "Make or import questions about where things are.",
                 {

@@ -17,10 +17,10 @@ from surgery.graph.op import Compute, Param, PartNames, Plan, PlanContext, SideF
 class TrainScenes:
     """Train a small LLaVA to answer where things are in drawn scenes.
 
-    Example:  surgery train scenes --steps 2000 -o out/llava-scenes
+    Example:  surgery train scenes --steps 1600 -o out/llava-scenes
     """
 
-    steps: Annotated[int, Param("Optimiser steps.")] = 2000
+    steps: Annotated[int, Param("Optimiser steps.")] = 1600
     batch: Annotated[int, Param("Scenes of a step.")] = 20
     lr: Annotated[float, Param("Peak learning rate, flat until 70 %, then falling to 2 %.")] = 1.5e-3
     warmup: Annotated[int, Param("Warm-up steps.")] = 100

@@ -174,9 +174,9 @@ class Prefill:
                     done[i] = len(answers[i]) >= tokens
             if all(done):
                 break
-            logits = self._feed(chosen[:, None], fed)[:, -1].float()
+            logits = self.feed(chosen[:, None], fed)[:, -1].float()
             fed += 1
-        self._take_back()
+        self.take_back()
         return answers
 
     def option_scores(self, logits: torch.Tensor, options: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
@@ -192,8 +192,8 @@ class Prefill:
             if width == 0:
                 continue
             ids = torch.tensor([[*o, *[o[-1]] * (width + 1 - len(o))] for o in rest], device=logits.device)
-            found = torch.log_softmax(self._feed(ids[:, :-1], 0).float(), dim=-1)  # right padding: later than all
-            self._take_back()
+            found = torch.log_softmax(self.feed(ids[:, :-1], 0).float(), dim=-1)  # right padding: later than all
+            self.take_back()
             for i, option in enumerate(rest):
                 if slot < len(options[i]):
                     tail = [float(found[i, t, option[t + 1]]) for t in range(len(option) - 1)]
@@ -202,7 +202,7 @@ class Prefill:
             [s / len(o) for s, o in zip(row, listed, strict=True)] for row, listed in zip(scores, options, strict=True)
         ]
 
-    def _feed(self, ids: torch.Tensor, fed: int) -> torch.Tensor:
+    def feed(self, ids: torch.Tensor, fed: int) -> torch.Tensor:
         """Logits [B, n, V] of `ids` [B, n] after the prompt and `fed` further tokens."""
         kwargs: dict[str, Any] = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True}
         positions, mask = self._kwargs.get("position_ids"), self._kwargs.get("attention_mask")
@@ -214,7 +214,7 @@ class Prefill:
         self.passes["tokens"] += ids.shape[1]
         return self.model.forward(**kwargs).logits
 
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
         """Drop fed tokens from the cache: it holds the prompt alone again."""
         _restore(self._cache, self._steered)
 

@@ -23,6 +23,7 @@ ALIASES: Mapping[str, str] = {
     "pixart-sigma": "hub:PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     "dit-digits": "asset:dit-digits",
     "digits-classifier": "asset:digits-classifier",
+    "llava-scenes": "asset:llava-scenes",
 }
 
 _HUB_ID = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<part>[\w-]+))?$")

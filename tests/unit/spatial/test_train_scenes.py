@@ -9,9 +9,10 @@ from PIL import Image
 
 from surgery.arch.language.load import load, load_processor
 from surgery.arch.tiny_llava import END, IMAGE, TinyLlava, normalise
-from surgery.data.spatial.prompts import encode, prompt_text
+from surgery.data.spatial.items import Item
 from surgery.data.spatial.scenes import WORDS, SceneSettings, ask, draw, place
 from surgery.errors import UsageError
+from surgery.evals.spatial.evaluate import encode_items
 from surgery.graph.run import RunOptions, run_op
 from surgery.ops.train_scenes import TrainScenes
 from surgery.store.names import open_named
@@ -29,10 +30,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).path
 
 
-def test_the_folder_loads_strictly_with_its_processor(trained: Path) -> None:
+def test_the_folder_loads_strictly_with_its_processor(trained: Path, tmp_path: Path) -> None:
     loaded = load(open_named(str(trained)))
-    picture = draw((), SceneSettings(), np.random.default_rng(0))
-    inputs = encode(loaded.processor, [([Image.fromarray(picture)], "Where in the picture is the ring?")])
+    Image.fromarray(draw((), SceneSettings(), np.random.default_rng(0))).save(tmp_path / "p.png")
+    item = Item("0", (tmp_path / "p.png",), "Where in the picture is the ring?", ("left", "right"), "left")
+    inputs = encode_items(loaded, [item])
     assert int((inputs["input_ids"] == IMAGE).sum()) == 36
     assert loaded.tokenizer.convert_ids_to_tokens(int(inputs["input_ids"][0, -1])) == "ring"
     assert loaded.model(**inputs).logits.shape[-1] == len(SMALL.vocabulary)
@@ -90,17 +92,6 @@ def test_plans_need_no_weights_and_refuse_nonsense() -> None:
         TrainScenes(steps=0).plan(PlanContext())
     with pytest.raises(UsageError):
         TrainScenes(single=1.5).plan(PlanContext())
-
-
-def test_prompts_need_a_template() -> None:
-    class Bare:
-        chat_template = None
-
-    with pytest.raises(UsageError, match="no chat template"):
-        prompt_text(Bare(), "Where?", 1)
-    assert prompt_text(Bare(), "Where?", 1, "<image>\\nUSER: {question}") == "<image>\nUSER: Where?"
-    with pytest.raises(UsageError, match="no {question}"):
-        prompt_text(Bare(), "Where?", 1, "<image>")
 
 
 def test_a_question_of_each_kind_is_asked() -> None:
