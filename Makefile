@@ -30,7 +30,7 @@ bench: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[images,train,ray,gguf,models,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[images,train,ray,gguf,models,endpoint,dev]"
 	touch $(READY)
 
 clean:
