@@ -95,6 +95,13 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
             ),
         },
     ),
+    "kernels": (
+        "Compile and time the kernels for routed experts.",
+        {
+            "check": ("surgery.cli.kernels:check", "Compile every kernel for GPUs that are not here and measure it."),
+            "bench": ("surgery.cli.kernels:bench", "Time routed experts by every backend that runs here."),
+        },
+    ),
 }
 
 _WIDE = {"max_content_width": 110}

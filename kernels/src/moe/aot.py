@@ -77,8 +77,8 @@ class Compiled:
 def launches(arch: int, *, everything: bool = False) -> Iterator[tuple[str, str, str, Launch]]:
     """(kernel, dtype, size class, launch) for an architecture.
 
-    Every kernel with every tile of its table that bf16 uses; `everything` adds fp32, biases, gpt-oss's layout, inference
-    without pre-activations, and whatever else makes another kernel of the same source.
+    Every kernel with every tile of its table that bf16 uses; `everything` adds fp32, biases, gpt-oss's layout,
+    inference without pre-activations, and whatever else makes another kernel of the same source.
     """
     seen: set[str] = set()
     for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
@@ -175,7 +175,8 @@ def check(
     report: Callable[[int, int], None] | None = None,
 ) -> list[Compiled]:
     """Compile everything shipped for `archs` (those `kernels` only, if named) and measure it; order is that of the
-    launches. A kernel that does not compile is a row with `failed` set. Raises ValueError for an unknown architecture."""
+    launches. A kernel that does not compile is a row with `failed` set. Raises ValueError for an
+    architecture that is not known."""
     unknown = [arch for arch in archs if arch not in ARCHITECTURES]
     if unknown:
         raise ValueError(f"architecture {unknown[0]} is none of {', '.join(map(str, ARCHITECTURES))}")

@@ -19,7 +19,7 @@ FUSED_EXPERTS, FUSED_CHOICES = 256, 16  # what the kernel that combines and rout
 
 @dataclass(frozen=True)
 class Router:
-    """One iteration's router: `weight` [N, H] (its dtype is that of the logits), `bias` [N], `correction` [N] (chooses)."""
+    """One iteration's router: `weight` [N, H] (the logits have its dtype), `bias` [N], `correction` [N] (chooses)."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None

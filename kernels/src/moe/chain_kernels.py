@@ -1,4 +1,4 @@
-"""The chain on the kernels: with gradients (weight gradients at the end, once), and without (router fused, buffers reused)."""
+"""The chain on the kernels: with gradients (those of the weights once, at the end), and without (router fused)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

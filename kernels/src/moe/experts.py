@@ -13,8 +13,8 @@ BACKENDS = ("loop", "grouped_mm", "triton")
 class Experts:
     """The weights of N experts of width I on H channels, and how they are laid out.
 
-    `gate_up_proj` [N, 2I, H] and `down_proj` [N, H, I], or with `is_transposed` [N, H, 2I] and [N, I, H]; the 2I are the
-    gate's half and the up half, or with `is_concatenated` false alternate. Biases [N, 2I] and [N, H]. `swiglu` is
+    `gate_up_proj` [N, 2I, H] and `down_proj` [N, H, I], or with `is_transposed` [N, H, 2I] and [N, I, H]; the 2I are
+    the gate's half and the up half, or with `is_concatenated` false alternate. Biases [N, 2I] and [N, H]. `swiglu` is
     silu(g) * u; `swiglu_oai` is gpt-oss's: g and u clamped by `limit`, g * sigmoid(slope * g) * (u + 1).
     The last `num_shared` experts are no choice of a router: `coe_layer` gives them every token.
     Raises ValueError when shapes, dtypes or devices do not fit together.
@@ -144,7 +144,7 @@ def _capability(tensor: torch.Tensor) -> int:
 
 
 def choose(backend: str, hidden: torch.Tensor, experts: Experts) -> str:
-    """`backend`, or for `auto` the first of triton (on CUDA), grouped_mm, loop that can. Raises ValueError if it cannot."""
+    """`backend`, or for `auto` the first of triton (on CUDA), grouped_mm, loop that can. Raises ValueError if none."""
     if backend == "auto":
         order = ("triton", "grouped_mm", "loop") if hidden.is_cuda else ("grouped_mm", "loop")
         return next(name for name in order if not why_not(name, hidden, experts))

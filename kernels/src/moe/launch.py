@@ -163,9 +163,7 @@ def down(act: torch.Tensor, experts: Experts, plan: Plan, y: torch.Tensor, chose
     w, bias = experts.down_proj, experts.down_bias
     s = down_strides(w, experts)
     by_bias = (0, 0) if bias is None else bias.stride()
-    _rows(
-        act, w, bias, y, plan, experts.width, (s.expert, s.out, s.inner), (0, 0), by_bias, chosen, "rows_times_expert"
-    )
+    _rows(act, w, bias, y, plan, experts.width, (s.expert, s.out, s.inner), (0, 0), by_bias, chosen)
 
 
 def up_backward(grad_pre: torch.Tensor, experts: Experts, plan: Plan, rows: torch.Tensor, chosen: Tiles) -> None:
@@ -174,11 +172,11 @@ def up_backward(grad_pre: torch.Tensor, experts: Experts, plan: Plan, rows: torc
     s = up_strides(w, experts)
     second = (experts.width, s.partner)
     _rows(
-        grad_pre, w, None, rows, plan, experts.width, (s.expert, s.inner, s.out), second, (0, 0), chosen, "rows_times_expert"
+        grad_pre, w, None, rows, plan, experts.width, (s.expert, s.inner, s.out), second, (0, 0), chosen
     )  # fmt: skip
 
 
-def _rows(a, w, bias, out, plan, width_in, strides, second, by_bias, chosen: Tiles, name: str) -> None:
+def _rows(a, w, bias, out, plan, width_in, strides, second, by_bias, chosen: Tiles) -> None:
     from .device.forward import rows_times_expert
 
     two = second != (0, 0)
@@ -237,8 +235,8 @@ class Step:
 
 
 def combine(
-    y: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, tokens: int, top_k: int, step: Step, chosen: Tiles,
-    *, experts_if_pairs: int = 0,
+    y: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, tokens: int, top_k: int, step: Step,
+    chosen: Tiles, *, experts_if_pairs: int = 0,
 ) -> None:  # fmt: skip
     """Sum a token's rows and do the step. `rows` maps pairs to rows, or with `experts_if_pairs` holds expert ids."""
     from .device.combine import combine as kernel

@@ -55,7 +55,7 @@ def build_plan(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Pla
 
 
 def sorted_plan(ids: torch.Tensor, token_of_pair: torch.Tensor, num_experts: int, block_m: int) -> Plan:
-    """The plan by a stable sort of flat `ids` [P]: the definition of the kernels' one, on any device, without a sync."""
+    """The plan by a stable sort of flat `ids` [P], on any device and without a sync: what the kernels do, defined."""
     _check(ids, num_experts, block_m)
     pairs, device = ids.numel(), ids.device
     expert = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
@@ -96,7 +96,7 @@ def kernel_plan(
 ) -> Plan:
     """The plan by kernels from flat contiguous `ids` [P]; pair p is of token p // top_k, or as `token_of_pair` says.
 
-    `counts` [blocks, N] from a kernel that counted already (in blocks of `pairs_per_block` pairs) saves the first launch.
+    `counts` [blocks, N] of a kernel that counted already, in blocks of `pairs_per_block` pairs, saves a launch.
     """
     from .launch import triton_plan
 

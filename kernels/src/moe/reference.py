@@ -11,7 +11,7 @@ def _product(rows: torch.Tensor, matrix: torch.Tensor, transposed: bool) -> torc
 
 
 def loop(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """The definition. Everything in fp32 (fp64 for fp64 input); a token's experts are added in the order of its slots."""
+    """The definition. All in fp32 (fp64 for fp64 input); a token's experts are added in the order of its slots."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     tokens, k = index.shape
     # One row more takes what nobody wants: the result of a pair without an expert stays zero.

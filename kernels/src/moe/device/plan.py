@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def count_pairs(ids, counts, num_pairs, num_experts, PAIRS: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr):
-    """counts[block, expert]: how many of the block's pairs chose the expert. Ids outside [0, experts) are not counted."""
+    """counts[block, expert]: how many of the block's pairs chose it. Ids outside [0, experts) are not counted."""
     block = tl.program_id(0)
     lane = tl.arange(0, BP)
     pair = block * PAIRS + lane
@@ -44,8 +44,8 @@ def scatter_pairs(
     num_pairs, num_experts, num_blocks, max_tiles,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Programs below `num_blocks` place pairs in rows; the next `num_experts` write the tiles of an expert; the last one
-    closes the table: starts, the number of tiles, and -1 in every tile that is not used.
+    """Programs below `num_blocks` place pairs in rows; the next `num_experts` write the tiles of an expert; the last
+    one closes the table: starts, the number of tiles, and -1 in every tile that is not used.
 
     TOP_K > 0: pair p belongs to token p // TOP_K; 0: `token_of_pair` says. Ids outside the experts get row -1.
     """
