@@ -24,8 +24,8 @@ def check(
     """Compile every shipped kernel configuration ahead of time; no GPU is needed and none is used.
 
     Shows registers, stack, shared memory, and how many tensor-core and spill (STL) instructions each became. Exit 1
-    when one does not compile, spills more than 64 bytes of stack, passes the architecture's shared memory, or multiplies
-    without tensor cores. A second call is quick: triton keeps what it compiled.
+    when one does not compile, spills more than 64 bytes of stack, needs more shared memory than the architecture has,
+    or multiplies without tensor cores. A second call is quick: triton keeps what it compiled.
 
     Example:  surgery kernels check --arch 80,90,100
     """
