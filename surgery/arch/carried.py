@@ -12,6 +12,10 @@ from surgery.graph.op import Entry, Keep, PartNames, SideFile
 from surgery.store.checkpoint import Checkpoint, Part, TensorRef
 from surgery.store.layout import BASES
 
+FLOATS: Mapping[str, str] = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SHORT_FLOATS: Mapping[str, str] = {
+    "fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16",
+}  # fmt: skip
 _LOADED = {"pytorch_model": "model"}  # loaders look for model.safetensors beside a config, whatever a .bin was called
 
 
@@ -54,6 +58,19 @@ def side_files(base: Checkpoint, edited: Mapping[str, Any] | None = None) -> tup
 def indexes(base: Checkpoint) -> tuple[SideFile, ...]:
     """The indexes of a checkpoint's shards, for an output that has the same files."""
     return tuple(SideFile(p.index, source=str(base.root / p.index)) for p in base.parts.values() if p.index)
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with every key that names a float dtype naming `dtype` (float32, bfloat16, …)."""
+    edited: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            edited[key] = with_dtype(value, dtype)
+        elif key in ("dtype", "torch_dtype") and isinstance(value, str) and value.removeprefix("torch.") in FLOATS:
+            edited[key] = dtype
+        else:
+            edited[key] = value
+    return edited
 
 
 def json_bytes(value: Any) -> bytes:

@@ -135,3 +135,53 @@ def _items(text: str, n_layers: int, *, forms: str) -> Iterator[tuple[int, int]]
                 hint=f"the model has blocks 0-{n_layers - 1}",
             )
         yield first, last
+
+
+def parse_spans(spec: str, n_layers: int, *, option: str = "--layers", what: str = "tower") -> tuple[int, ...]:
+    """The layers of a comma list of spans, in ascending order; what is named twice counts once.
+
+    `a-b`, `a-` and `-b` include both ends; `a:b[:s]` is half-open as in Python and mergekit's layer_range, and there
+    alone numbers may be negative; `a` is one layer; `all` is every one. Nothing is clipped: UsageError names the layer
+    that is out of range and both readings that may have been meant, an empty span, a reversed one, a malformed one.
+    """
+    chosen: set[int] = set()
+    text = spec.strip()
+    if text == "all":
+        return tuple(range(n_layers))
+    for raw in text.split(","):
+        item = raw.strip()
+        chosen |= set(_span(item, n_layers, f"{option} {item}", what))
+    return tuple(sorted(chosen))
+
+
+def _span(item: str, n_layers: int, shown: str, what: str) -> range:
+    number = r"[0-9]{1,9}"
+    if match := re.fullmatch(rf"(-?{number})?:(-?{number})?(?::({number}))?", item):
+        first, last, step = (int(g) if g is not None else None for g in match.groups())
+        for value, most in ((first, n_layers - 1), (last, n_layers)):
+            if value is not None and not -n_layers <= value <= most:
+                raise _out_of_range(shown, value, n_layers, what, "")
+        if step == 0:
+            raise UsageError("layers", f"{shown}: a step of 0", hint="write for example 0:28:2")
+        found = range(n_layers)[slice(first, last, step)]
+        if not found:
+            raise UsageError("layers", f"{shown}: no layer between them", hint="a:b holds a and stops before b")
+        return found
+    match = re.fullmatch(rf"({number})?(-)?({number})?", item)
+    if match is None or not any(match.groups()[::2]) or (match[2] is None and match[1] is None):
+        raise UsageError("layers", f"{shown}: not a layer or a span", hint="write 12-28, 12:28, 12-, -11, 5 or all")
+    first = int(match[1]) if match[1] is not None else 0
+    last = first if match[2] is None else int(match[3]) if match[3] is not None else n_layers - 1
+    if first >= n_layers:
+        raise _out_of_range(shown, first, n_layers, what, "")
+    if last >= n_layers:
+        meant = f"; did you mean {first}-{n_layers - 1} or {first}:{n_layers}?" if match[2] else ""
+        raise _out_of_range(shown, last, n_layers, what, meant)
+    if last < first:
+        raise UsageError("layers", f"{shown}: the span runs backwards", hint=f"write {last}-{first}")
+    return range(first, last + 1)
+
+
+def _out_of_range(shown: str, layer: int, n_layers: int, what: str, meant: str) -> UsageError:
+    message = f"{shown}: layer {layer} is out of range, the {what} has {n_layers} layers (0-{n_layers - 1}){meant}"
+    return UsageError("layers", message, hint=f"layers are counted from 0 to {n_layers - 1}")

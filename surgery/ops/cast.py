@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from surgery.arch.carried import config_edits, full_name, kept, part_names, side_files
+from surgery.arch.carried import FLOATS, SHORT_FLOATS, config_edits, full_name, kept, part_names, side_files, with_dtype
 from surgery.arch.patterns import matcher, nearest
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Param, Plan, PlanContext
 from surgery.store.checkpoint import Checkpoint, Part
 from surgery.store.header import nbytes_of
 
-_FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
 _LARGEST = {"F64": 1024, "F32": 128, "BF16": 128, "F16": 16}  # exponents: values below 2**n are finite
 _SMALL = ("F8", "F6", "F4")
 _QUANTIZED = ("quantization_config", "compression_config", "quant_method")
@@ -36,7 +34,7 @@ class Cast:
       surgery cast llama --dtype fp16 --except '*norm*' --shard-size 2GB -o out/llama-16
     """
 
-    dtype: Annotated[str, Param(f"{', '.join(_FLOATS)}; fp32, fp16, bf16 for short.")]
+    dtype: Annotated[str, Param(f"{', '.join(FLOATS)}; fp32, fp16, bf16 for short.")]
     only: Annotated[tuple[str, ...], Param("Cast these tensors alone, repeatable.", (), "PATTERN")] = ()
     except_: Annotated[tuple[str, ...], Param("Leave these tensors as they are, repeatable.", (), "PATTERN")] = ()
 
@@ -48,20 +46,20 @@ class Cast:
 
     def __post_init__(self) -> None:
         # One name for one dtype: `--dtype bf16` and `--dtype bfloat16` are the same work and the same node.
-        name = _SHORT.get(self.dtype, self.dtype)
-        if name not in _FLOATS:
+        name = SHORT_FLOATS.get(self.dtype, self.dtype)
+        if name not in FLOATS:
             fp8 = "fp8" in name or "float8" in name
             raise UsageError(
                 "dtype",
                 f"--dtype {printable(self.dtype)}: " + ("FP8 needs scales beside the weights" if fp8 else "unknown"),
-                hint=closest(name, [*_FLOATS, *_SHORT]),
+                hint=closest(name, [*FLOATS, *SHORT_FLOATS]),
             )
         object.__setattr__(self, "dtype", name)
 
     def plan(self, ctx: PlanContext, base: Checkpoint) -> Plan:
         """Every tensor kept or computed, and the dtype keys of the configs."""
         chosen = self._chosen(base)
-        target = _FLOATS[self.dtype]
+        target = FLOATS[self.dtype]
         entries: list[Entry] = []
         edited: dict[str, Any] = {}
         edits: tuple[tuple[str, Any, Any], ...] = ()
@@ -93,7 +91,7 @@ class Cast:
                     after[dtype] = after.get(dtype, 0) + nbytes_of("F32", ref.shape)
             # Loaders take the key for the whole model, so it follows the precision that most of the weights now have.
             if changed and part.config is not None and part.config_file and max(after, key=after.__getitem__) == target:
-                config = _edited(part.config, self.dtype)
+                config = with_dtype(part.config, self.dtype)
                 if config != part.config:
                     edited[part.config_file] = config
                     edits += config_edits(part.config_file, part.config, config)
@@ -125,7 +123,7 @@ class Cast:
 
     def describe(self, plan: Plan) -> list[str]:
         """Lines of a dry run."""
-        lines = [f"cast     {n:,} {source} -> {_FLOATS[self.dtype]}" for source, n in plan.report["cast"].items()]
+        lines = [f"cast     {n:,} {source} -> {FLOATS[self.dtype]}" for source, n in plan.report["cast"].items()]
         return lines + [f"config   {path}: {old} -> {new}" for path, old, new in plan.report["config"]]
 
     def _chosen(self, base: Checkpoint) -> set[str]:
@@ -175,19 +173,6 @@ def _quantized(part: Part) -> str | None:
             if value:
                 return str(value.get("quant_method", key) if isinstance(value, Mapping) else value)
     return None
-
-
-def _edited(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with every key that names a float dtype naming `dtype`."""
-    edited: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            edited[key] = _edited(value, dtype)
-        elif key in ("dtype", "torch_dtype") and isinstance(value, str) and value.removeprefix("torch.") in _FLOATS:
-            edited[key] = dtype
-        else:
-            edited[key] = value
-    return edited
 
 
 def _objects(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

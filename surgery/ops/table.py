@@ -10,6 +10,7 @@ OPS: Mapping[str, str] = {
     "init": "surgery.ops.init:Init",
     "coe": "surgery.ops.coe:Coe",
     "graft": "surgery.ops.graft:Graft",
+    "merge": "surgery.ops.merge:Merge",
     "cast": "surgery.ops.cast:Cast",
     "rename": "surgery.ops.rename:Rename",
     "slice": "surgery.ops.slice:Slice",

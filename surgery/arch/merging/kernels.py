@@ -1,0 +1,124 @@
+"""Every method that mergekit registers, one tensor at a time: `mergekit.merge_methods` is the library for these.
+
+What a method takes (its parameters, whether it has a base, how many inputs) is read from its own declaration. Importing
+that costs what torch costs, so nothing of mergekit is imported until a method of this kind is asked for.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import ResourceError, SurgeryError, UsageError, closest, printable
+
+if TYPE_CHECKING:
+    import torch
+
+# dare and della draw from torch's global generator: one such tensor at a time, with its own seed.
+_GLOBAL_GENERATOR = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One tensor's merge by a method of mergekit. `shared` and `per_input` are (name, value) pairs, the latter's values
+    in the order of the inputs, for parameters that skip the base without it. `base` is the index of the base among the
+    inputs. `dtype` is that of the arithmetic, None for what the inputs promote to."""
+
+    method: str
+    shared: tuple[tuple[str, Any], ...] = ()
+    per_input: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    base: int | None = None
+    dtype: str | None = None
+
+
+def spec_of(method: str) -> Any:
+    """mergekit's declaration of a method. Raises `UsageError` with the nearest names for an unknown one."""
+    known = _registered()
+    if method not in known:
+        raise UsageError("method", f"--method {printable(method)}: unknown", hint=closest(method, sorted(known)))
+    return known[method].spec
+
+
+def _registered() -> Mapping[str, Any]:
+    try:
+        from mergekit import merge_methods
+    except ImportError:
+        raise ResourceError(
+            "missing-package", "this merge method comes from mergekit", hint="pip install mergekit"
+        ) from None
+    return {m.spec.name: m for m in _methods(merge_methods)}
+
+
+def _methods(module: Any) -> Sequence[Any]:
+    found = module.registered_methods()
+    return list(found.values()) if isinstance(found, Mapping) else list(found)
+
+
+def needs_base(spec: Any) -> bool:
+    """Whether a method must be given the model that its inputs came from (or, of two inputs, which is the first)."""
+    return str(spec.contract.base.value) == "required"
+
+
+def takes_two(spec: Any) -> bool:
+    """Whether a method is between exactly two inputs, one of which counts as the base."""
+    return spec.contract.max_inputs == 2
+
+
+def uses_base(spec: Any) -> bool:
+    """Whether a base makes any difference to the method."""
+    return str(spec.contract.base.value) not in ("ignored", "forbidden")
+
+
+def is_random(method: str) -> bool:
+    """Whether the method draws random numbers."""
+    return method.startswith(("dare", "della"))
+
+
+def check_value(spec: Any, name: str, value: Any) -> Any:
+    """A parameter's value in the type that the method declares. Raises `UsageError`."""
+    known = {p.name: p for p in spec.parameters}
+    if name not in known:
+        raise UsageError(
+            "parameter", f"{spec.name} has no parameter '{printable(name)}'", hint=closest(name, sorted(known))
+        )
+    try:
+        return known[name].validate(value)
+    except Exception:  # pydantic's error; its text speaks of its own types
+        shown = printable(str(value), limit=60)
+        kind = getattr(known[name].value_type, "__name__", "another type")
+        raise UsageError("parameter", f"{spec.name}: {name} is '{shown}'", hint=f"it is a {kind}") from None
+
+
+def merge(
+    kernel: Kernel, tensors: "Sequence[torch.Tensor]", *, out_dtype: "torch.dtype", seed: int, name: str
+) -> "torch.Tensor":
+    """The merged tensor, by `mergekit.merge_methods.merge_tensors`. Equal seeds give equal bits."""
+    import torch
+    from mergekit.merge_methods import merge_tensors
+
+    parameters: dict[str, Any] = {n: v for n, v in kernel.shared}
+    parameters |= {n: list(values) for n, values in kernel.per_input}
+    dtype = getattr(torch, kernel.dtype) if kernel.dtype else None
+
+    def call() -> Any:
+        return merge_tensors(
+            list(tensors),
+            kernel.method,
+            parameters=parameters,
+            base_index=kernel.base,
+            name=name,
+            dtype=dtype,
+            out_dtype=out_dtype,
+        )
+
+    try:
+        if not is_random(kernel.method):
+            return call()
+        with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return call()
+    except (ValueError, TypeError, RuntimeError) as err:
+        first = printable(str(err).strip().split("\n")[0])
+        raise SurgeryError(
+            "merge", f"{kernel.method} could not make '{printable(name)}': {first}", hint="check its parameters"
+        ) from None

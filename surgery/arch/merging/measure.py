@@ -1,0 +1,111 @@
+"""How much of a merge arrives: sampled, before anything is written.
+
+A merge that adds a tenth of a small difference changes few of the values that bfloat16 can hold. Of each tensor up to
+four stretches of 32768 elements are merged as they will be; tensors of up to that many in all are measured whole. Sums
+are float64. Methods that look at a whole tensor (slerp's angle, TIES' threshold) see the stretch instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from surgery.arch.merging.arithmetic import Bits, Sink, Source
+from surgery.arch.merging.formulas import Formula, elements, merger
+from surgery.store.reader import MemoryReader, Reader
+
+WINDOW = 1 << 15
+WINDOWS = 4
+LITTLE = 0.8  # effective transfer below which a merge is warned of
+
+
+class Window:
+    """A stretch of another reader's tensor as a flat tensor of its own."""
+
+    def __init__(self, reader: Reader, start: int, count: int, size: int) -> None:
+        self.name, self.dtype, self.shape = reader.name, reader.dtype, (count,)
+        self._reader, self._start = reader, start * size
+
+    def into(self, view: memoryview, start: int) -> None:
+        self._reader.into(view, self._start + start)
+
+
+@dataclass
+class Sums:
+    """Running sums over elements of host h, donor d, merged value and stored value."""
+
+    elements: int = 0
+    changed: int = 0
+    hh: float = 0.0
+    dd: float = 0.0
+    hd: float = 0.0
+    apart: float = 0.0  # |h - d|^2
+    intended: float = 0.0  # |merged - h|^2 before rounding
+    arrived: float = 0.0  # <stored - h, merged - h>
+    tensors: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, h: Any, d: Any, merged: Any, stored: Any) -> None:
+        wish, change = merged - h, stored - h
+        self.elements += len(h)
+        self.changed += int(np.count_nonzero(change))
+        self.hh, self.dd, self.hd = self.hh + float(h @ h), self.dd + float(d @ d), self.hd + float(h @ d)
+        self.apart += float((h - d) @ (h - d))
+        self.intended += float(wish @ wish)
+        self.arrived += float(change @ wish)
+
+    def row(self, label: int | str) -> dict[str, Any]:
+        """As JSON values, rounded to six digits; None where there is nothing to divide by."""
+        return {
+            "layer": label,
+            "tensors": self.tensors,
+            "relative": _ratio(sqrt(self.apart), sqrt(self.hh)),
+            "cosine": _ratio(self.hd, sqrt(self.hh) * sqrt(self.dd)),
+            "changed": _ratio(self.changed, self.elements),
+            "transfer": _ratio(self.arrived, self.intended),
+        }
+
+
+def windows(total: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of the stretches that are looked at."""
+    if total <= WINDOW * WINDOWS:
+        if total:
+            yield 0, total
+        return
+    for index in range(WINDOWS):
+        # Starts are multiples of 16, the elements of one step of the random counter.
+        yield (total - WINDOW) * index // (WINDOWS - 1) // 16 * 16, WINDOW
+
+
+def measure_tensor(sums: Sums, formula: Formula, readers: Sequence[Reader], dtype: str, seed: int, name: str) -> None:
+    """Add one tensor, whose first reader is the host and second the donor."""
+    total = elements(readers[0].shape)
+    sums.tensors += 1
+    for start, count in windows(total):
+        views = [Window(r, start, count, _size(r.dtype)) for r in readers]
+        h, d = (Source(v, np.float64, count).read(0, count).copy() for v in views[:2])
+        merged = merger(formula, views, seed)(0, count).astype(np.float64)
+        dither = Bits(seed, 1 << 32) if formula.rounding == "stochastic" else None
+        stored = _stored(merged, dtype, name, dither)
+        sums.add(h, d, merged, stored)
+
+
+def _stored(values: Any, dtype: str, name: str, dither: Bits | None) -> Any:
+    """What `values` are after being stored as `dtype`."""
+    count = len(values)
+    work = np.float64 if dtype == "F64" else np.float32
+    data = bytes(Sink(dtype, name, count, dither=dither).encode(values.astype(work), 0))
+    reader = MemoryReader(name, dtype, (count,), memoryview(data))
+    return Source(reader, np.float64, count).read(0, count)
+
+
+def _size(dtype: str) -> int:
+    from surgery.arch.merging.arithmetic import SIZES
+
+    return SIZES[dtype]
+
+
+def _ratio(over: float, under: float) -> float | None:
+    return float(f"{over / under:.6g}") if under else None

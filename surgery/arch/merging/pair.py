@@ -1,0 +1,458 @@
+"""Plan the merge of a text model into another model's language tower: HOST DONOR [BASE].
+
+From headers and configs alone: which tensors are merged by which formula, which are taken over, what the output's files
+are. The output has the host's files under the host's names; vision encoder and projector are never touched.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, side_files, with_dtype
+from surgery.arch.language.families import family_of
+from surgery.arch.language.preflight import check_stored, compare_configs, likeness, stop_on
+from surgery.arch.language.towers import EMBED, HEAD, TowerMap, find_towers, parse_layer_map, shapes_of
+from surgery.arch.language.vocabulary import rows_by_policy
+from surgery.arch.layers import parse_spans
+from surgery.arch.merging.card import card
+from surgery.arch.merging.formulas import STREAMED, WITH_BASE, Formula
+from surgery.arch.merging.kernels import Kernel, check_value, is_random, needs_base, spec_of, takes_two, uses_base
+from surgery.arch.merging.selection import check_shares, layer_of, parse_alpha, select
+from surgery.errors import CheckpointError, UsageError, closest, printable
+from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
+from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.digests import canonical_digest
+
+SCRATCH = 16 << 20  # bytes that a streamed tensor takes at most
+_STORED = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; fields are those of the operation."""
+
+    layers: str | None = None
+    method: str = "linear"
+    alpha: str = "0.9"
+    alpha2: float | None = None
+    density: float | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    vocab: str = "host"
+    dtype: str | None = None
+    rounding: str = "nearest"
+    compat: str = "none"
+    engine: str = "auto"
+    param: tuple[str, ...] = ()
+    tower: str | None = None
+    layer_map: str | None = None
+    ignore_extra: bool = False
+    chat_template: str | None = None
+    strict: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one tensor is made: a formula in pieces, or a kernel on whole tensors. `rows` says for each row of a
+    vocabulary which row of the other inputs answers to it, -1 for one that stays the host's."""
+
+    canonical: str
+    formula: Formula | None = None
+    kernel: Kernel | None = None
+    rows: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+
+
+def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Checkpoint | None) -> Plan:
+    """The plan of a merge. Raises `UsageError` and `CheckpointError` before anything is written."""
+    for checkpoint in (host, donor, *((base,) if base else ())):
+        _plain_model(checkpoint)
+    method = _Method(request, base)
+    shares = parse_alpha(request.alpha)
+    check_shares(shares, force=request.force)
+    mapped = _map(request, host, donor)
+    base_map = _map(request, host, base) if base is not None else None
+    layers = parse_spans(request.layers or "all", mapped.host_count)
+    chosen = _chosen(request, mapped, layers)
+    check_stored(host.tensors, [mapped.names[c][0] for c in chosen], host.name)
+    check_stored(donor.tensors, [mapped.names[c][1] for c in chosen], donor.name)
+    warnings = _preflight(request, host, donor, mapped, chosen)
+    rows, inputs = _vocabulary(request, host, donor, base, mapped, base_map, chosen)
+    entries = _entries(request, method, host, donor, base, mapped, base_map, chosen, layers, rows)
+    part = host.part()
+    edited: dict[str, Any] = {}
+    edits: tuple[tuple[str, Any, Any], ...] = ()
+    if request.dtype and part.config is not None and part.config_file:
+        edited[part.config_file] = with_dtype(part.config, request.dtype)
+        edits = config_edits(part.config_file, part.config, edited[part.config_file])
+    files = _files(request, host, donor, edited)
+    known = family_of(part.config)
+    merged = [e for e in entries if isinstance(e, Compute) or (isinstance(e, Keep) and e.parent != 0)]
+    copied = len(entries) - len(merged), sum(e.nbytes for e in entries) - sum(e.nbytes for e in merged)
+    selected = [n for n in layers if any(layer_of(c) == n for c in chosen)]
+    report = {
+        "method": request.method,
+        "host": {"name": host.name, "class": _class_of(part.config), "family": known.name if known else None},
+        "donor": {"name": donor.name, "class": _class_of(donor.part().config)},
+        "base": base.name if base else None,
+        "prefix": mapped.host_prefix,
+        "layers": {"selected": selected, "of": mapped.host_count, "cross_attention": list(mapped.cross_layers)},
+        "weights": method.said(shares, layers),
+        "merged": {"tensors": len(merged), "bytes": sum(e.nbytes for e in merged)},
+        "copied": {"tensors": copied[0], "bytes": copied[1]},
+        "tensors": list(chosen),
+        "host_only": list(mapped.host_only),
+        "donor_only": list(mapped.donor_only),
+    }
+    text = card(report, [host, donor, *((base,) if base else ())])
+    files = (*(f for f in files if f.relative != "README.md"), SideFile("README.md", content=text.encode()))
+    mirrored = host.layout in ("hf", "file")
+    return Plan(
+        tuple(entries),
+        part_names(host),
+        (*files, *(indexes(host) if mirrored else ())),
+        config_edits=edits,
+        warnings=tuple(warnings),
+        report=report,
+        inputs=inputs,
+        mirror=host if mirrored else None,
+    )
+
+
+class _Method:
+    """A method with its weights checked: what a tensor of a layer is made by."""
+
+    def __init__(self, request: Request, base: Checkpoint | None) -> None:
+        self.request, self.name = request, request.method
+        self.spec: Any = None
+        kernel = request.engine == "kernels" or self.name not in (*STREAMED, "swap")
+        if kernel and self.name != "swap":
+            self.spec = spec_of(self.name.replace("-", "_") if self.name in STREAMED else self.name)
+        with_base = self.name in WITH_BASE if self.spec is None else uses_base(self.spec) and not takes_two(self.spec)
+        if base is not None and not with_base:
+            raise UsageError(
+                "base",
+                f"--base {base.name}: {self.name} has no base, its weights sum to one and the base cancels",
+                hint=f"leave it out, or use --method {WITH_BASE[0]}",
+            )
+        required = self.name in WITH_BASE if self.spec is None else needs_base(self.spec) and not takes_two(self.spec)
+        if base is None and required:
+            raise UsageError(
+                "base",
+                f"--method {self.name} needs --base, the model that host and donor came from",
+                hint="linear, slerp and swap need none",
+            )
+        if request.alpha2 is not None and not required:
+            sums = [a + request.alpha2 for a in parse_alpha(request.alpha).every]
+            if any(abs(s - 1) > 1e-6 for s in sums):
+                raise UsageError(
+                    "alpha2",
+                    f"--alpha2 {request.alpha2:g}: with --alpha {request.alpha} the weights do not sum to 1, so the "
+                    "base no longer cancels",
+                    hint="give --base BASE --method task-arithmetic, or leave --alpha2 out",
+                )
+        self.shared = self._parameters()
+
+    def _parameters(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for item in self.request.param:
+            name, sign, value = item.partition("=")
+            if not sign:
+                raise UsageError("param", f"--param {printable(item)}: not NAME=VALUE", hint="--param epsilon=0.1")
+            if self.spec is None:
+                raise UsageError(
+                    "param",
+                    f"--param {printable(item)}: {self.name} is made here and has none of mergekit's parameters",
+                    hint="--engine kernels makes it by mergekit",
+                )
+            found[name] = check_value(self.spec, name, value)
+        return found
+
+    def weights(self, share: float) -> tuple[float, float]:
+        """(host, donor)."""
+        other = self.request.alpha2
+        return share, 1.0 - share if other is None else other
+
+    def task(self, canonical: str, share: float, rows: tuple[tuple[int, ...], ...]) -> Task:
+        """How a tensor with this share of the host is made."""
+        request = self.request
+        weights = self.weights(share)
+        if self.spec is None:
+            ties = self.name in ("ties", "dare-ties")
+            return Task(
+                canonical,
+                Formula(
+                    "linear" if self.name == "swap" else self.name,
+                    weights,
+                    (request.density,) * 2 if request.density is not None else (),
+                    normalize=ties if self.name in WITH_BASE else request.alpha2 is not None,
+                    compat=request.compat,
+                    rounding=request.rounding,
+                ),
+                rows=rows,
+            )
+        known = {p.name: p for p in self.spec.parameters}
+        shared = dict(self.shared)
+        per_input: dict[str, tuple[Any, ...]] = {}
+        if "weight" in known and "weight" not in shared:
+            per_input["weight"] = weights
+        if "density" in known and "density" not in shared and request.density is not None:
+            per_input["density"] = (request.density,) * 2
+        if "t" in known and "t" not in shared:
+            shared["t"] = weights[1]
+        kernel = Kernel(
+            self.spec.name,
+            tuple(sorted(shared.items())),
+            tuple(sorted(per_input.items())),
+            base=0 if uses_base(self.spec) and (needs_base(self.spec) or takes_two(self.spec)) else None,
+            dtype="float32",
+        )
+        return Task(canonical, kernel=kernel, rows=rows)
+
+    def said(self, shares: Any, layers: Sequence[int]) -> list[dict[str, Any]]:
+        """The weights in words that have no direction to mix up, for the report."""
+        found: list[dict[str, Any]] = []
+        for layer in layers:
+            host, donor = self.weights(shares.at(layer, layers))
+            row = {"host": round(host, 6), "donor": round(donor, 6)}
+            if found and {k: found[-1][k] for k in row} == row:
+                found[-1]["layers"].append(layer)
+            else:
+                found.append({"layers": [layer], **row})
+        return found
+
+
+def _map(request: Request, host: Checkpoint, other: Checkpoint) -> TowerMap:
+    return find_towers(
+        shapes_of(host.tensors),
+        shapes_of(other.tensors),
+        prefix=request.tower,
+        layer_map=parse_layer_map(request.layer_map) if request.layer_map else None,
+        ignore_extra=request.ignore_extra,
+        host_name=host.name,
+        donor_name=other.name,
+    )
+
+
+def _chosen(request: Request, mapped: TowerMap, layers: Sequence[int]) -> tuple[str, ...]:
+    include = request.include
+    if request.vocab != "host":
+        include = (*include, *(g for g, n in (("embed", EMBED), ("head", HEAD)) if n in mapped.names))
+    chosen = select(mapped.names, layers, final_norm=request.layers is None, include=include, exclude=request.exclude)
+    if not chosen:
+        raise UsageError(
+            "nothing-selected", "no tensor of the tower is selected", hint="widen --layers or drop --exclude"
+        )
+    return chosen
+
+
+def _preflight(
+    request: Request, host: Checkpoint, donor: Checkpoint, mapped: TowerMap, chosen: Sequence[str]
+) -> list[str]:
+    from dataclasses import replace
+
+    found = compare_configs(
+        host.part().config,
+        donor.part().config,
+        cross_layers=mapped.cross_layers,
+        host_name=host.name,
+        donor_name=donor.name,
+    )
+    found = replace(found, likeness=likeness(host, donor, mapped))
+    warnings = list(stop_on(found, strict=request.strict, force=request.force))
+    if request.ignore_extra and mapped.donor_only:
+        extra = [printable(n) for n in mapped.donor_only if layer_of(n.removeprefix(mapped.donor_prefix)) is not None]
+        warnings += [f"left out, only the donor has them: {', '.join(extra[:4])}"] if extra else []
+    inside = [n for n in mapped.host_only if layer_of(n.removeprefix(mapped.host_prefix)) in mapped.layers]
+    if inside:
+        warnings.append(
+            f"{len(inside)} tensors of the host's layers have no counterpart and stay: {printable(inside[0])}, …"
+        )
+    return warnings
+
+
+def _vocabulary(
+    request: Request,
+    host: Checkpoint,
+    donor: Checkpoint,
+    base: Checkpoint | None,
+    mapped: TowerMap,
+    base_map: TowerMap | None,
+    chosen: Sequence[str],
+) -> tuple[dict[str, tuple[tuple[int, ...], ...]], dict[str, str]]:
+    """Rows of embedding and head by canonical name, and the digest of what they were made from."""
+    rows: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for canonical in chosen:
+        if canonical not in (EMBED, HEAD):
+            continue
+        mine, theirs = mapped.names[canonical]
+        one, two = host.tensors[mine], donor.tensors[theirs]
+        if request.vocab == "host":
+            if one.shape != two.shape:
+                raise CheckpointError(
+                    "vocabulary",
+                    f"'{printable(mine)}' is {list(one.shape)} and '{printable(theirs)}' {list(two.shape)}",
+                    hint="--vocab overlap or by-token merges the rows that both have",
+                )
+            continue
+        found = [rows_by_policy(request.vocab, host, donor, host_rows=one.shape[0], donor_rows=two.shape[0])]
+        if base is not None and base_map is not None and canonical in base_map.names:
+            third = base.tensors[base_map.names[canonical][1]]
+            found.append(rows_by_policy(request.vocab, host, base, host_rows=one.shape[0], donor_rows=third.shape[0]))
+        unmapped = [any(r[i] < 0 for r in found) for i in range(one.shape[0])]
+        rows[canonical] = tuple(tuple(-1 if gone else n for n, gone in zip(r, unmapped, strict=True)) for r in found)
+    digest = {"vocabulary": canonical_digest({c: list(map(list, r)) for c, r in rows.items()})} if rows else {}
+    return rows, digest
+
+
+def _entries(
+    request: Request,
+    method: _Method,
+    host: Checkpoint,
+    donor: Checkpoint,
+    base: Checkpoint | None,
+    mapped: TowerMap,
+    base_map: TowerMap | None,
+    chosen: Sequence[str],
+    layers: Sequence[int],
+    rows: Mapping[str, tuple[tuple[int, ...], ...]],
+) -> list[Entry]:
+    shares = parse_alpha(request.alpha)
+    wanted = FLOATS[request.dtype] if request.dtype else None
+    by_name = {mapped.names[c][0]: c for c in chosen}
+    entries: list[Entry] = []
+    for name, ref in host.tensors.items():
+        canonical = by_name.get(name)
+        dtype = wanted if wanted and ref.dtype in _STORED else ref.dtype
+        if canonical is None:
+            entries.append(_carried(name, ref, 0, dtype))
+            continue
+        other = donor.tensors[mapped.names[canonical][1]]
+        if not {ref.dtype, other.dtype} <= set(_STORED):
+            if ref.dtype != other.dtype:
+                raise CheckpointError(
+                    "incompatible",
+                    f"'{printable(name)}' is {ref.dtype} in the host and {other.dtype} in the donor, not numbers to "
+                    "merge",
+                    hint="leave it out with --exclude",
+                )
+            entries.append(_carried(name, ref, 0, ref.dtype))
+            continue
+        weights = method.weights(shares.at(layer_of(canonical), layers))
+        mapped_rows = rows.get(canonical, ())
+        plain = method.name in ("linear", "slerp", "swap") and method.spec is None and not mapped_rows
+        if plain and weights == (1.0, 0.0):
+            entries.append(_carried(name, ref, 0, dtype))
+        elif plain and weights == (0.0, 1.0):
+            entries.append(_carried(name, other, 1, dtype))
+        else:
+            third = base.tensors[_base_name(base_map, canonical)] if base is not None and base_map else None
+            entries.append(_computed(method, name, canonical, weights[0], ref, other, third, dtype, mapped_rows))
+    return entries
+
+
+def _carried(name: str, ref: TensorRef, parent: int, dtype: str) -> Entry:
+    """A tensor as it is, or only rounded to another dtype."""
+    if ref.dtype == dtype:
+        return Keep(name=name, dtype=dtype, shape=ref.shape, ref=ref, parent=parent)
+    task = Task(name, Formula("linear", (1.0,)))
+    return Compute(
+        name=name, dtype=dtype, shape=ref.shape, how=task, refs=(ref,), parent=parent, streamed=True, scratch=SCRATCH
+    )
+
+
+def _computed(
+    method: _Method,
+    name: str,
+    canonical: str,
+    share: float,
+    host: TensorRef,
+    donor: TensorRef,
+    base: TensorRef | None,
+    dtype: str,
+    rows: tuple[tuple[int, ...], ...],
+) -> Compute:
+    task = method.task(canonical, share, rows)
+    refs: tuple[TensorRef, ...]
+    sources: tuple[int, ...]
+    if task.formula is not None:
+        refs, sources = ((host, donor, base), (0, 1, 2)) if base is not None else ((host, donor), (0, 1))
+        return Compute(
+            name=name, dtype=dtype, shape=host.shape, how=task, refs=refs, sources=sources, streamed=True,
+            scratch=SCRATCH,
+        )  # fmt: skip
+    assert task.kernel is not None
+    if rows:
+        raise UsageError(
+            "vocab", f"--vocab goes with {', '.join(STREAMED)}, not with {task.kernel.method}", hint="--vocab host"
+        )
+    refs, sources = ((base, host, donor), (2, 0, 1)) if base is not None else ((host, donor), (0, 1))
+    elements = host.nbytes // (2 if host.dtype in ("BF16", "F16") else 4)
+    return Compute(
+        name=name, dtype=dtype, shape=host.shape, how=task, refs=refs, sources=sources,
+        random=is_random(task.kernel.method), scratch=4 * elements * (len(refs) + 3),
+    )  # fmt: skip
+
+
+def _base_name(mapped: TowerMap, canonical: str) -> str:
+    if canonical not in mapped.names:
+        raise CheckpointError(
+            "incompatible", f"the base has no counterpart of '{canonical}'", hint="leave it out with --exclude"
+        )
+    return mapped.names[canonical][1]
+
+
+def _files(request: Request, host: Checkpoint, donor: Checkpoint, edited: Mapping[str, Any]) -> tuple[SideFile, ...]:
+    files = list(side_files(host, dict(edited)))
+    wanted = request.chat_template
+    if wanted is None or wanted == "host":
+        return tuple(files)
+    text = template_of(donor) if wanted == "donor" else _template_file(wanted)
+    if text is None:
+        raise CheckpointError(
+            "no-template", f"{donor.name}: no chat template beside its weights", hint="--chat-template FILE"
+        )
+    files = [f for f in files if f.relative not in ("chat_template.jinja", "chat_template.json")]
+    return (*files, SideFile("chat_template.jinja", content=text.encode()))
+
+
+def template_of(checkpoint: Checkpoint) -> str | None:
+    """The chat template beside the weights, wherever the libraries of its time put it."""
+    from surgery.store.layout import read_json
+
+    root = checkpoint.root
+    if (root / "chat_template.jinja").is_file():
+        return (root / "chat_template.jinja").read_text("utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (root / name).is_file():
+            document = read_json(root / name)
+            found = document.get("chat_template") if isinstance(document, dict) else None
+            if isinstance(found, str):
+                return found
+    return None
+
+
+def _template_file(path: str) -> str:
+    from pathlib import Path
+
+    from surgery.graph.documents import read_text
+
+    return read_text(Path(path))
+
+
+def _plain_model(checkpoint: Checkpoint) -> None:
+    if len(checkpoint.parts) != 1:
+        raise UsageError(
+            "part", f"{checkpoint.name}: a pipeline; merging is between models", hint="name a part: NAME:PART"
+        )
+
+
+def _class_of(config: Mapping[str, Any] | None) -> str | None:
+    found = (config or {}).get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else None
+
+
+def check_word(option: str, value: str, known: Sequence[str]) -> None:
+    """Raise `UsageError` for a word that an option does not know."""
+    if value not in known:
+        raise UsageError(option, f"--{option} {printable(value)}: unknown", hint=closest(value, list(known)))

@@ -1,0 +1,99 @@
+"""Carry out one planned tensor of a merge, and measure a plan."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from surgery.arch.merging.formulas import elements, stream
+from surgery.arch.merging.measure import LITTLE, Sums, measure_tensor
+from surgery.arch.merging.pair import Task
+from surgery.arch.merging.selection import layer_of
+from surgery.graph.op import Compute, Op, Plan
+from surgery.graph.run import tensor_seed
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.reader import Reader, open_reader
+
+
+def stream_task(task: Compute, readers: Sequence[Reader], seed: int) -> Iterator[memoryview]:
+    """The bytes of a tensor that a formula makes. Rows of a vocabulary that have no counterpart are the host's own."""
+    how: Task = task.how
+    assert how.formula is not None
+    if not how.rows:
+        yield from stream(how.formula, readers, task.dtype, task.full_name, seed)
+        return
+    mapped = [_Rows(reader, readers[0], rows) for reader, rows in zip(readers[1:], how.rows, strict=False)]
+    plain = stream(how.formula, [readers[0], *mapped], task.dtype, task.full_name, seed)
+    from surgery.arch.merging.formulas import Formula
+
+    kept = stream(Formula("linear", (1.0,)), readers[:1], task.dtype, task.full_name, seed)
+    width = task.nbytes // task.shape[0]
+    at = 0
+    for piece, own in zip(plain, kept, strict=True):
+        first, last = at // width, -(-(at + len(piece)) // width)
+        for row in range(first, last):
+            if how.rows[0][row] < 0:
+                start, stop = max(0, row * width - at), min(len(piece), (row + 1) * width - at)
+                piece[start:stop] = own[start:stop]
+        at += len(piece)
+        yield piece
+
+
+class _Rows:
+    """Another model's rows in the host's order; where there is none, the host's row stands in."""
+
+    def __init__(self, reader: Reader, host: Reader, rows: Sequence[int]) -> None:
+        self.name, self.dtype, self.shape = reader.name, reader.dtype, host.shape
+        self._reader, self._rows = reader, rows
+        count = elements(reader.shape)
+        from surgery.arch.merging.arithmetic import SIZES
+
+        self._width = count // reader.shape[0] * SIZES[reader.dtype] if count else 0
+
+    def into(self, view: memoryview, start: int) -> None:
+        at = 0
+        while at < len(view):
+            row, inside = divmod(start + at, self._width)
+            other = self._rows[row]
+            many = 1  # neighbouring rows of the other model are one read
+            while other >= 0 and row + many < len(self._rows) and self._rows[row + many] == other + many:
+                if many * self._width - inside >= len(view) - at:
+                    break
+                many += 1
+            count = min(many * self._width - inside, len(view) - at)
+            if other >= 0:
+                self._reader.into(view[at : at + count], other * self._width + inside)
+            else:
+                view[at : at + count] = bytes(count)
+            at += count
+
+
+def run_task(task: Compute, tensors: "list[Any]", generator: Any) -> Any:
+    """A tensor that a method of mergekit makes."""
+    from surgery.arch.merging.kernels import merge
+    from surgery.store.dtypes import torch_dtype
+
+    how: Task = task.how
+    assert how.kernel is not None
+    seed = generator.initial_seed() if generator is not None else 0
+    out = torch_dtype(task.dtype)
+    assert out is not None
+    return merge(how.kernel, tensors, out_dtype=out, seed=seed, name=task.full_name)
+
+
+def measure_plan(op: Op, plan: Plan, seed: int, parents: Sequence[Checkpoint]) -> dict[str, Any]:
+    """{"layers": rows, "warnings": ...} of a merge of two, sampled; empty for other plans."""
+    sums: dict[int | str, Sums] = {}
+    for entry in plan.entries:
+        how = entry.how if isinstance(entry, Compute) else None
+        if not isinstance(how, Task) or how.formula is None or len(entry.inputs) < 2 or how.rows:  # type: ignore[attr-defined]
+            continue
+        layer = layer_of(how.canonical)
+        with ExitStack() as opened:
+            readers = [opened.enter_context(open_reader(parents[at], ref)) for at, ref in entry.inputs]  # type: ignore[attr-defined]
+            own = sums.setdefault("outside" if layer is None else layer, Sums())
+            measure_tensor(own, how.formula, readers, entry.dtype, tensor_seed(seed, op, entry.full_name), entry.name)
+    if not sums:
+        return {}
+    rows = [sums[k].row(k) for k in sorted(sums, key=lambda k: (isinstance(k, str), k))]
+    low = [r["layer"] for r in rows if r["transfer"] is not None and r["transfer"] < LITTLE]
+    return {"layers": rows, "little": low}

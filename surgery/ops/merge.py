@@ -1,0 +1,161 @@
+"""Merge: a text model into a vision-language model's language tower, or any models as a mergekit file says.
+
+Papers: Bring Reason to Vision (arXiv 2505.05464), Model Soups (2203.05482), Task Arithmetic (2212.04089), TIES
+(2306.01708), DARE (2311.03099); other methods are mergekit's. Inputs: host, donor and, for task vectors, their base; or
+with `config` the models that it numbers. Changes: the selected tensors of the tower, nothing else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar
+
+from surgery.arch.carried import FLOATS, SHORT_FLOATS
+from surgery.errors import UsageError, closest, printable
+from surgery.graph.op import Compute, Param, Plan, PlanContext
+from surgery.store.checkpoint import Checkpoint
+
+_TIES = ("ties", "dare-linear", "dare-ties")
+_WORDS = {
+    "vocab": ("host", "overlap", "by-token"),
+    "rounding": ("nearest", "stochastic"),
+    "compat": ("none", "paper"),
+    "engine": ("auto", "stream", "kernels"),
+}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge the text model DONOR into the language tower of HOST.
+
+    Without options: 0.9 of the host and 0.1 of the donor in every decoder layer and the final norm; embeddings, head,
+    projector and vision encoder stay the host's, byte for byte. --layers 12-28 includes both ends, 12:28 stops before
+    28. Methods: linear, swap, slerp, task-arithmetic, ties, dare-linear, dare-ties (in pieces, any size of model), and
+    every method that mergekit registers. A mergekit YAML file is merged by --config.
+
+    Examples:
+
+      surgery merge vlm llm --layers 12-28 -o out
+
+      surgery merge vlm llm --base base --method ties --density 0.2 -o out
+
+      surgery merge --config recipe.yml -o out
+    """
+
+    layers: Annotated[str | None, Param("Layers to merge: 12-28, 12:28, 6-, 0,2-3 [default: all, and the final norm].",
+                                        ("-l",), "SPEC")] = None  # fmt: skip
+    method: Annotated[str, Param("linear, swap, slerp, task-arithmetic, ties, dare-linear, dare-ties, or mergekit's.",
+                                 ("-m",), "NAME")] = "linear"  # fmt: skip
+    alpha: Annotated[str | None, Param("Share of the host: 0.9, a gradient 1.0,0.9,0.7 over the layers, or @FILE "
+                                       "[default: 0.9; swap: 0].", (), "SHARE")] = None  # fmt: skip
+    alpha2: Annotated[float | None, Param("Weight of the donor [default: 1 - alpha].")] = None
+    density: Annotated[float | None, Param("Share of each task vector that is kept [default: 0.2 for ties, dare].")] = (
+        None
+    )
+    include: Annotated[tuple[str, ...], Param("Also merge: attn, mlp, norms, final-norm, embed, head or a pattern.",
+                                              (), "WHAT")] = ()  # fmt: skip
+    exclude: Annotated[tuple[str, ...], Param("Leave out, in the same words; repeatable.", (), "WHAT")] = ()
+    vocab: Annotated[str, Param("Embeddings and head: host, overlap (equal ids), by-token (equal tokens).")] = "host"
+    dtype: Annotated[str | None, Param("Store floats as bfloat16, float16, float32 [default: as the host].")] = None
+    rounding: Annotated[str, Param("nearest, or stochastic: unbiased where bfloat16 swallows small changes.")] = (
+        "nearest"
+    )
+    compat: Annotated[str, Param("paper: the reference code's TIES and its DARE, which does not rescale.")] = "none"
+    engine: Annotated[str, Param("auto, stream (ours), kernels (mergekit's arithmetic, tensor by tensor).")] = "auto"
+    param: Annotated[tuple[str, ...], Param("Parameter of a mergekit method, repeatable.", (), "NAME=VALUE")] = ()
+    tower: Annotated[str | None, Param("Prefix of the host's tower, where several fit.", (), "PREFIX")] = None
+    layer_map: Annotated[str | None, Param("Pair layers by hand: 0:0,2:1.", (), "HOST:DONOR,...")] = None
+    ignore_extra: Annotated[bool, Param("Leave out tensors of the layers that only the donor has.")] = False
+    chat_template: Annotated[str | None, Param("host, donor, or a file [default: host].", (), "WHICH")] = None
+    strict: Annotated[bool, Param("Stop at warnings of the preflight.")] = False
+    force: Annotated[bool, Param("Merge models that do not fit or look unrelated, and alpha outside [0, 1].")] = False
+    config: Annotated[str | None, Param("A mergekit document as JSON with numbers for models.", (), "JSON")] = None
+
+    name: ClassVar[str] = "merge"
+    version: ClassVar[int] = 1
+    parents: ClassVar[tuple[int, int | None]] = (1, None)
+    parent_names: ClassVar[tuple[str, ...]] = ("HOST",)
+    trainer: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        from surgery.arch.merging.selection import resolve_alpha
+
+        method = self.method
+        self._set("method", method.replace("_", "-") if method in ("task_arithmetic",) else method)
+        self._set("alpha", resolve_alpha(self.alpha or ("0" if method == "swap" else "0.9")))
+        if method == "swap" and self.alpha not in ("0", "0.0"):
+            raise UsageError("alpha", "swap takes the donor's tensors whole", hint="--method linear --alpha blends")
+        if self.density is None and method in _TIES:
+            self._set("density", 0.2)
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UsageError("density", f"--density {self.density:g}: not in (0, 1]", hint="0.2 keeps a fifth")
+        if self.dtype is not None:
+            dtype = SHORT_FLOATS.get(self.dtype, self.dtype)
+            if dtype not in FLOATS:
+                raise UsageError("dtype", f"--dtype {printable(dtype)}: unknown", hint=closest(dtype, list(FLOATS)))
+            self._set("dtype", dtype)
+        for option, known in _WORDS.items():
+            value = getattr(self, option)
+            if value not in known:
+                raise UsageError(option, f"--{option} {printable(value)}: unknown", hint=closest(value, list(known)))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def plan(self, ctx: PlanContext, *parents: Checkpoint) -> Plan:
+        """Every tensor of the output: merged, or the host's."""
+        from surgery.arch.merging.pair import Request, plan_pair
+
+        if self.config is not None:
+            from surgery.arch.merging.document import plan_document
+
+            return plan_document(self.config, parents, engine=self.engine)
+        if not 2 <= len(parents) <= 3:
+            raise UsageError(
+                "parents",
+                f"merge takes HOST DONOR and perhaps --base, not {len(parents)} checkpoints",
+                hint="more models are merged by a mergekit file: surgery merge --config FILE",
+            )
+        host, donor, *base = parents
+        values = {f.name: getattr(self, f.name) for f in fields(Request)}
+        return plan_pair(Request(**values), host, donor, base[0] if base else None)
+
+    def stream(self, task: Compute, readers: list[Any], seed: int) -> Iterator[memoryview]:
+        """A tensor of one of our formulas, in pieces."""
+        from surgery.arch.merging.tasks import stream_task
+
+        return stream_task(task, readers, seed)
+
+    def run(self, task: Compute, tensors: list[Any], generator: Any) -> Any:
+        """A tensor by a method of mergekit, whole."""
+        from surgery.arch.merging.tasks import run_task
+
+        return run_task(task, tensors, generator)
+
+    def measure(self, plan: Plan, seed: int, *parents: Checkpoint) -> dict[str, Any]:
+        """Per layer: how far host and donor are apart, and how much of the change arrives after rounding."""
+        from surgery.arch.merging.tasks import measure_plan
+
+        return measure_plan(self, plan, seed, parents)
+
+    def describe(self, plan: Plan) -> list[str]:
+        """Lines of a dry run."""
+        from surgery.arch.merging.card import spans
+
+        report = plan.report
+        if "host" not in report:
+            return [f"method   {report['method']}, {len(report['models'])} models"]
+        layers = report["layers"]
+        lines = [
+            f"host     {report['host']['name']}  {report['host']['class'] or ''}  tower {report['prefix']}",
+            f"donor    {report['donor']['name']}  {report['donor']['class'] or ''}",
+            f"method   {report['method']}",
+            f"layers   {spans(layers['selected']) or 'none'}  ({len(layers['selected'])} of {layers['of']})",
+        ]
+        lines += [
+            f"weights  layers {spans(row['layers'])}: host {row['host']:g} / donor {row['donor']:g}"
+            for row in report["weights"]
+        ]
+        merged, copied = report["merged"], report["copied"]
+        lines.append(f"merged   {merged['tensors']:,} tensors, {merged['bytes']:,} bytes")
+        lines.append(f"copied   {copied['tensors']:,} tensors, {copied['bytes']:,} bytes")
+        return lines
