@@ -156,7 +156,7 @@ def _glm4v() -> Any:
         "depth": 2, "hidden_size": 16, "out_hidden_size": HIDDEN, "num_heads": 2, "patch_size": 4,
         "intermediate_size": 24, "image_size": 16,
     }  # fmt: skip
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    rope = {"rope_type": "default", "mrope_section": [1, 0, 1], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     text = _SIZES | {"rope_parameters": rope}
     return Glm4vConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=90, video_token_id=91,
@@ -278,6 +278,8 @@ def donor_config(family: str, text: Any) -> Any:
     keys = [*_SIZES, "head_dim", "rms_norm_eps", "norm_eps", "layer_types", "hidden_act", "hidden_activation",
             "sliding_window", "block_auto_adjust_ff_dim"]  # fmt: skip
     values = {k: getattr(text, k) for k in keys if getattr(text, k, None) is not None}
+    if family == "glm4v":
+        values["head_dim"] = HIDDEN // 4  # its class has a default of its own
     if family == "mllama":
         values["num_hidden_layers"] = LAYERS
     if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("surgery.cli.demo:demo", "Graft a small diffusion transformer on real digits, end to end, in minutes."),
     "graft": ("op:graft", "Replace operators of a diffusion transformer and repair the model."),
     "coe": ("op:coe", "Turn a mixture of experts into a Chain-of-Experts, and back."),
+    "merge": ("surgery.cli.merge:merge", "Merge a text model into a vision-language model, or models by a YAML file."),
     "cast": ("op:cast", "Store floating-point tensors in another precision."),
     "rename": ("op:rename", "Rename tensors by patterns."),
     "slice": ("op:slice", "Keep, drop and repeat blocks of a model."),

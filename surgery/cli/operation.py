@@ -79,38 +79,71 @@ _COMMON_DEFAULTS: dict[str, Any] = {
 }
 
 
-def command_function(name: str, summary: str) -> Callable[..., None]:
-    """A function whose signature is the operation's: Typer makes the command of it."""
+Sources = Callable[[dict[str, Any], Mapping[str, Any]], "list[str] | None"]
+
+
+def command_function(
+    name: str,
+    summary: str,
+    *,
+    own: Mapping[str, tuple[Any, Any, Any]] | None = None,
+    sources_of: Sources | None = None,
+) -> Callable[..., None]:
+    """A function whose signature is the operation's: Typer makes the command of it.
+
+    A command that names its checkpoints in another way than one argument each gives `own` parameters (type, Typer's
+    argument or option, default), which stand before the operation's and in the place of one of the same name, and
+    `sources_of`: from all values but the run options, and those, it returns the checkpoints' names, takes its own
+    values out and may set the operation's; None ends the command there.
+    """
     kind = load_op(name)
     params = op_params(kind)
     fewest, most = parent_range(kind)
+    own = own or {}
 
     def command(**values: Any) -> None:
         # An operation may take a run option for its own, as reshard does: it is part of what it makes then.
         common = {k: values[k] if k in params else values.pop(k) for k in _COMMON}
-        sources = [values.pop(f"parent_{i}") for i in range(fewest)] + list(values.pop("more_parents", None) or ())
-        _run(kind, values, sources, common)
+        sources: list[str] | None
+        if sources_of is not None:
+            output.Talk.quiet, output.Talk.verbose = common["quiet"], common["verbose"]
+            sources = sources_of(values, common)
+        else:
+            sources = [values.pop(f"parent_{i}") for i in range(fewest)] + list(values.pop("more_parents", None) or ())
+        if sources is not None:
+            _run(kind, values, sources, common)
 
-    signature: list[inspect.Parameter] = []
-    for i in range(fewest):
-        label = getattr(kind, "parent_names", ("MODEL",) * fewest)[i]
-        argument = typer.Argument(
-            metavar=label, help="Folder, file, alias, hub id, or - for a path on standard input.", show_default=False
-        )
-        signature.append(_parameter(f"parent_{i}", str, argument, MISSING))
-    if most != fewest:
-        argument = typer.Argument(metavar="[MORE]...", help="Further checkpoints.", show_default=False)
-        signature.append(_parameter("more_parents", list[str] | None, argument, None))
+    signature: list[inspect.Parameter] = [_parameter(k, *row) for k, row in own.items()]
+    if sources_of is None:
+        signature += _parent_arguments(kind, fewest, most)
     for field, (hint, param, default) in params.items():
-        signature.append(_parameter(field, *_option(field, hint, param, default)))
+        if field not in own:
+            signature.append(_parameter(field, *_option(field, hint, param, default)))
     signature += [
-        _parameter(k, hint, option, _COMMON_DEFAULTS[k]) for k, (hint, option) in _COMMON.items() if k not in params
+        _parameter(k, hint, option, _COMMON_DEFAULTS[k])
+        for k, (hint, option) in _COMMON.items()
+        if k not in params and k not in own
     ]
     signature.sort(key=lambda p: p.default is not inspect.Parameter.empty)
     command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     command.__doc__ = inspect.getdoc(kind) or summary
     command.__name__ = name.replace("-", "_")
     return command
+
+
+def _parent_arguments(kind: Any, fewest: int, most: int | None) -> list[inspect.Parameter]:
+    """One argument for each checkpoint that the operation must have, and one for all that it may."""
+    found: list[inspect.Parameter] = []
+    for i in range(fewest):
+        label = getattr(kind, "parent_names", ("MODEL",) * fewest)[i]
+        argument = typer.Argument(
+            metavar=label, help="Folder, file, alias, hub id, or - for a path on standard input.", show_default=False
+        )
+        found.append(_parameter(f"parent_{i}", str, argument, MISSING))
+    if most != fewest:
+        argument = typer.Argument(metavar="[MORE]...", help="Further checkpoints.", show_default=False)
+        found.append(_parameter("more_parents", list[str] | None, argument, None))
+    return found
 
 
 def _option(field: str, hint: Any, param: Param, default: Any) -> tuple[Any, Any, Any]:
@@ -154,8 +187,16 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         check_plan(plan)
         show_plan(op, plan, as_json=common["as_json"])
         return
+    planned: list[Plan] = []
+
+    def notice(plan: Plan) -> None:
+        planned.append(plan)
+        for line in getattr(op, "announce", lambda p: [])(plan):
+            output.note(line)
+        _notice(plan)
+
     with output.Progress() as report:
-        result = run_op(op, parents, common["out"], options=options, report=report, notice=_notice)
+        result = run_op(op, parents, common["out"], options=options, report=report, notice=notice)
     if result.found:
         output.note("already done: this output is the result of the same command on the same parents")
     if result.reused:
@@ -165,21 +206,28 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     training = {**last.get("training", {}), **result.record.get("measured", {})}
     for line in getattr(op, "summary", lambda t: [])(training) if training else []:
         output.note(line)
+    measured = result.record.get("measured", {})
+    show_measured(measured)
+    for line in getattr(op, "remarks", lambda m: [])(measured):
+        output.warn(line)
     if common["as_json"]:
         record = result.record
         step = record["steps"][-1]
         rows = {"path": str(result.path), "digest": record["digest"], "record": record["record"], "key": step["key"]}
-        output.data_json(
-            rows
-            | {
-                "found": result.found,
-                "reused": result.reused,
-                "training": step.get("training", {}),
-                "measured": record.get("measured", {}),
-            }
-        )
+        rows |= {"found": result.found, "reused": result.reused, "training": step.get("training", {})}
+        rows |= {"measured": measured}
+        if planned and planned[0].report and hasattr(op, "announce"):
+            rows |= {"plan": {**planned[0].report, "warnings": list(planned[0].warnings)}}
+        output.data_json(rows)
     else:
         output.data(str(result.path))
+
+
+def show_measured(measured: Mapping[str, Any]) -> None:
+    """The tables of what an operation measured, on stderr."""
+    for rows in measured.values():
+        if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
+            output.table(list(rows[0]), [list(row.values()) for row in rows], to_stderr=True)
 
 
 def note_alone(result: RunResult) -> None:

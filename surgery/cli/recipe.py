@@ -45,7 +45,9 @@ def run(
     options = RunOptions(device=device, threads=threads, overwrite=overwrite, resume=resume, offline=offline)
     read = read_recipe(recipe)
     if dry_run:
-        _show(plan_recipe(read, load_op, partial(open_source, offline=offline), options=options), as_json=as_json)
+        show_planned(
+            plan_recipe(read, load_op, partial(open_source, offline=offline), options=options), as_json=as_json
+        )
         return
     with output.Progress() as report:
         results = run_recipe(
@@ -74,7 +76,8 @@ def _notice(step: "Step", plan: "Plan") -> None:
         output.warn(f"step '{step.name}': {warning}")
 
 
-def _show(planned: "Iterable[tuple[Step, Op, Plan | None]]", *, as_json: bool) -> None:
+def show_planned(planned: "Iterable[tuple[Step, Op, Plan | None]]", *, as_json: bool) -> None:
+    """What the dry run of a recipe prints."""
     rows: list[dict[str, Any]] = []
     for step, op, plan in planned:
         row: dict[str, Any] = {"name": step.name, "op": step.op, "from": list(step.sources), "plan": None}

@@ -18,7 +18,7 @@ from surgery.errors import CheckpointError, OutputError, ResourceError, UsageErr
 from surgery.graph.engine.budget import memory_budget
 from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
 from surgery.graph.engine.local import Engine, run_jobs
-from surgery.graph.engine.work import Job, Resources, Source, Unit
+from surgery.graph.engine.work import Job, Resources, Source, Unit, uses_torch
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
     Given,
@@ -317,7 +317,7 @@ def _write(
             data = _trained_bytes(trained, entry.full_name, entry.dtype)
         space.write(file, entry.name, data)
         note((file, entry), hashlib.sha256(data).hexdigest())
-    if any(isinstance(job, Unit) for job in work.jobs):
+    if any(map(uses_torch, work.jobs)):
         import torch  # noqa: F401  what is loaded by now counts as held, not as room for tensors
 
     budget = memory_budget(options.max_memory)

@@ -137,6 +137,24 @@ class Merge:
 
         return measure_plan(self, plan, seed, parents)
 
+    def announce(self, plan: Plan) -> list[str]:
+        """Said before the work starts."""
+        return self.describe(plan)
+
+    def remarks(self, measured: dict[str, Any]) -> list[str]:
+        """Warnings that follow from what was measured."""
+        little = measured.get("little", [])
+        if not little:
+            return []
+        from surgery.arch.merging.card import spans
+
+        where = spans([n for n in little if isinstance(n, int)])
+        shown = f"layers {where}" if where else "the tensors outside layers"
+        return [
+            f"less than 80 % of the intended change arrives in {shown}: it is smaller than the steps of the stored "
+            "dtype; --dtype float16 or --rounding stochastic keeps it"
+        ]
+
     def describe(self, plan: Plan) -> list[str]:
         """Lines of a dry run."""
         from surgery.arch.merging.card import spans

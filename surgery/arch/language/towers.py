@@ -161,7 +161,8 @@ class _Fit:
         layer_map: Mapping[int, int] | None,
         ignore_extra: bool,
     ) -> "_Fit":
-        cross = tuple(n for n, layer in tower.layers.items() if any(s.startswith(_CROSS) for s in layer))
+        # Where the donor has such layers too, both are models of one kind and layers answer one to one.
+        cross = () if _cross_layers(theirs) else _cross_layers(tower)
         own = [n for n in tower.layers if n not in cross]
         faults: list[str] = []
         hint = ""
@@ -230,6 +231,10 @@ class _Fit:
             self.cross,
             self.tower.count,
         )
+
+
+def _cross_layers(tower: Tower) -> tuple[int, ...]:
+    return tuple(n for n, layer in tower.layers.items() if any(s.startswith(_CROSS) for s in layer))
 
 
 def explaining_field(suffix: str) -> str:

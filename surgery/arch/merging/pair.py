@@ -8,18 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, side_files, with_dtype
-from surgery.arch.language.families import family_of
+from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, with_dtype
+from surgery.arch.language.families import family_of, text_config
 from surgery.arch.language.preflight import check_stored, compare_configs, likeness, stop_on
 from surgery.arch.language.towers import EMBED, HEAD, TowerMap, find_towers, parse_layer_map, shapes_of
 from surgery.arch.language.vocabulary import rows_by_policy
 from surgery.arch.layers import parse_spans
 from surgery.arch.merging.card import card
+from surgery.arch.merging.files import files_of
 from surgery.arch.merging.formulas import STREAMED, WITH_BASE, Formula
 from surgery.arch.merging.kernels import Kernel, check_value, is_random, needs_base, spec_of, takes_two, uses_base
 from surgery.arch.merging.selection import check_shares, layer_of, parse_alpha, select
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
+from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.digests import canonical_digest
 
@@ -67,12 +69,12 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     """The plan of a merge. Raises `UsageError` and `CheckpointError` before anything is written."""
     for checkpoint in (host, donor, *((base,) if base else ())):
         _plain_model(checkpoint)
-    method = _Method(request, base)
+    method = _Method(request, host, donor, base)
     shares = parse_alpha(request.alpha)
     check_shares(shares, force=request.force)
     mapped = _map(request, host, donor)
     base_map = _map(request, host, base) if base is not None else None
-    layers = parse_spans(request.layers or "all", mapped.host_count)
+    layers = parse_spans("all" if request.layers is None else request.layers, mapped.host_count)
     chosen = _chosen(request, mapped, layers)
     check_stored(host.tensors, [mapped.names[c][0] for c in chosen], host.name)
     check_stored(donor.tensors, [mapped.names[c][1] for c in chosen], donor.name)
@@ -85,7 +87,7 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     if request.dtype and part.config is not None and part.config_file:
         edited[part.config_file] = with_dtype(part.config, request.dtype)
         edits = config_edits(part.config_file, part.config, edited[part.config_file])
-    files = _files(request, host, donor, edited)
+    files = files_of(host, donor, edited, chat_template=request.chat_template)
     known = family_of(part.config)
     merged = [e for e in entries if isinstance(e, Compute) or (isinstance(e, Keep) and e.parent != 0)]
     copied = len(entries) - len(merged), sum(e.nbytes for e in entries) - sum(e.nbytes for e in merged)
@@ -106,7 +108,7 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     }
     text = card(report, [host, donor, *((base,) if base else ())])
     files = (*(f for f in files if f.relative != "README.md"), SideFile("README.md", content=text.encode()))
-    mirrored = host.layout in ("hf", "file")
+    mirrored = host.layout in ("hf", "file") and not isinstance(host, Planned)
     return Plan(
         tuple(entries),
         part_names(host),
@@ -122,7 +124,7 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
 class _Method:
     """A method with its weights checked: what a tensor of a layer is made by."""
 
-    def __init__(self, request: Request, base: Checkpoint | None) -> None:
+    def __init__(self, request: Request, host: Checkpoint, donor: Checkpoint, base: Checkpoint | None) -> None:
         self.request, self.name = request, request.method
         self.spec: Any = None
         kernel = request.engine == "kernels" or self.name not in (*STREAMED, "swap")
@@ -140,7 +142,7 @@ class _Method:
             raise UsageError(
                 "base",
                 f"--method {self.name} needs --base, the model that host and donor came from",
-                hint="linear, slerp and swap need none",
+                hint=_base_hint(host, donor),
             )
         if request.alpha2 is not None and not required:
             sums = [a + request.alpha2 for a in parse_alpha(request.alpha).every]
@@ -212,6 +214,8 @@ class _Method:
     def said(self, shares: Any, layers: Sequence[int]) -> list[dict[str, Any]]:
         """The weights in words that have no direction to mix up, for the report."""
         found: list[dict[str, Any]] = []
+        if self.spec is not None and not {"weight", "t"} & {p.name for p in self.spec.parameters}:
+            return found  # the method finds its own
         for layer in layers:
             host, donor = self.weights(shares.at(layer, layers))
             row = {"host": round(host, 6), "donor": round(donor, 6)}
@@ -258,7 +262,8 @@ def _preflight(
         host_name=host.name,
         donor_name=donor.name,
     )
-    found = replace(found, likeness=likeness(host, donor, mapped))
+    if not any(isinstance(c, Planned) for c in (host, donor)):  # a step that is never written has no values yet
+        found = replace(found, likeness=likeness(host, donor, mapped))
     warnings = list(stop_on(found, strict=request.strict, force=request.force))
     if request.ignore_extra and mapped.donor_only:
         extra = [printable(n) for n in mapped.donor_only if layer_of(n.removeprefix(mapped.donor_prefix)) is not None]
@@ -402,42 +407,19 @@ def _base_name(mapped: TowerMap, canonical: str) -> str:
     return mapped.names[canonical][1]
 
 
-def _files(request: Request, host: Checkpoint, donor: Checkpoint, edited: Mapping[str, Any]) -> tuple[SideFile, ...]:
-    files = list(side_files(host, dict(edited)))
-    wanted = request.chat_template
-    if wanted is None or wanted == "host":
-        return tuple(files)
-    text = template_of(donor) if wanted == "donor" else _template_file(wanted)
-    if text is None:
-        raise CheckpointError(
-            "no-template", f"{donor.name}: no chat template beside its weights", hint="--chat-template FILE"
-        )
-    files = [f for f in files if f.relative not in ("chat_template.jinja", "chat_template.json")]
-    return (*files, SideFile("chat_template.jinja", content=text.encode()))
-
-
-def template_of(checkpoint: Checkpoint) -> str | None:
-    """The chat template beside the weights, wherever the libraries of its time put it."""
-    from surgery.store.layout import read_json
-
-    root = checkpoint.root
-    if (root / "chat_template.jinja").is_file():
-        return (root / "chat_template.jinja").read_text("utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (root / name).is_file():
-            document = read_json(root / name)
-            found = document.get("chat_template") if isinstance(document, dict) else None
-            if isinstance(found, str):
-                return found
-    return None
-
-
-def _template_file(path: str) -> str:
-    from pathlib import Path
-
-    from surgery.graph.documents import read_text
-
-    return read_text(Path(path))
+def _base_hint(host: Checkpoint, donor: Checkpoint) -> str:
+    """Where the base may be found: an ancestor that both records name, else what the configs call their origin."""
+    records = [c.lineage["parents"] if c.lineage else {} for c in (host, donor)]
+    digests = {row["digest"] for row in records[0].values()}
+    shared = [name for name, row in records[1].items() if row["digest"] in digests]
+    if shared:
+        return f"both were made from {printable(shared[0])}: --base {printable(shared[0])}"
+    for checkpoint in (donor, host):
+        config = checkpoint.part().config or {}
+        origin = config.get("_name_or_path") or text_config(config).get("_name_or_path")
+        if isinstance(origin, str) and origin and origin != checkpoint.name:
+            return f"{checkpoint.name} says that it comes from {printable(origin)}; linear, slerp and swap need none"
+    return "linear, slerp and swap need none"
 
 
 def _plain_model(checkpoint: Checkpoint) -> None:

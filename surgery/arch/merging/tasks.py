@@ -8,8 +8,9 @@ from surgery.arch.merging.formulas import elements, stream
 from surgery.arch.merging.measure import LITTLE, Sums, measure_tensor
 from surgery.arch.merging.pair import Task
 from surgery.arch.merging.selection import layer_of
+from surgery.graph.engine.work import tensor_seed
 from surgery.graph.op import Compute, Op, Plan
-from surgery.graph.run import tensor_seed
+from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.reader import Reader, open_reader
 
@@ -82,6 +83,8 @@ def run_task(task: Compute, tensors: "list[Any]", generator: Any) -> Any:
 
 def measure_plan(op: Op, plan: Plan, seed: int, parents: Sequence[Checkpoint]) -> dict[str, Any]:
     """{"layers": rows, "warnings": ...} of a merge of two, sampled; empty for other plans."""
+    if any(isinstance(p, Planned) for p in parents):
+        return {}  # steps of a chain that are never written have no values to look at yet
     sums: dict[int | str, Sums] = {}
     for entry in plan.entries:
         how = entry.how if isinstance(entry, Compute) else None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol
 
-from surgery.graph.engine.work import Job, Resources, Unit, carry_out
+from surgery.graph.engine.work import Job, Resources, carry_out, uses_torch
 
 Finished = Callable[[Job, dict[str, str]], None]
 _Told = tuple[Job, dict[str, str], BaseException | None]
@@ -34,7 +34,7 @@ def run_jobs(jobs: Sequence[Job], finished: Finished, *, resources: Resources) -
     state = _State(jobs, resources)
     workers = min(max(1, resources.workers), len(jobs))
     threads = [threading.Thread(target=state.work, name=f"worker-{n}", daemon=True) for n in range(workers)]
-    with _computing(resources.threads, needed=any(isinstance(job, Unit) for job in jobs)):
+    with _computing(resources.threads, needed=any(map(uses_torch, jobs))):
         for thread in threads:
             thread.start()
         waiting = len(jobs)

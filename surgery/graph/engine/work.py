@@ -302,6 +302,15 @@ def peak_of(source: Source) -> int:
     return max(most, held + source.nbytes + source.task.scratch)
 
 
+def uses_torch(job: Job) -> bool:
+    """Whether carrying the job out needs torch: a streamed tensor that is read from files is bytes to its operation,
+    which may do with less."""
+    if not isinstance(job, Unit):
+        return False
+    source = job.source
+    return not (isinstance(source, Made) and source.task.streamed and all(map(_is_range, source.inputs)))
+
+
 def place_of(source: Source) -> tuple[str, int]:
     """Where its first input lies: work in this order reads files from front to back."""
     while not isinstance(source, TensorRef):

@@ -1,0 +1,90 @@
+"""The command that merges: HOST DONOR with --base, or a mergekit file."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from surgery.cli import output
+from surgery.cli.operation import command_function, open_source, run_options
+from surgery.errors import UsageError
+from surgery.ops.table import load_op
+
+
+def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | None:
+    """The checkpoints in the order in which the operation takes them; the file's document becomes its `config`."""
+    named, base, file = list(values.pop("models", None) or ()), values.pop("base"), values.pop("config")
+    if file is None:
+        if len(named) != 2:
+            raise UsageError(
+                "models",
+                f"merge takes HOST and DONOR, and {len(named)} {'was' if len(named) == 1 else 'were'} named",
+                hint="surgery merge HOST DONOR; more models: surgery merge --config FILE",
+            )
+        return [*named, base] if base is not None else named
+    if named or base is not None:
+        raise UsageError("models", "--config names the models itself", hint="leave HOST, DONOR and --base out")
+    from surgery.graph.mergekit_file import read_mergekit
+
+    recipe = read_mergekit(file, seed=common["seed"])
+    if len(recipe.steps) == 1:
+        values["config"] = recipe.steps[0].params["config"]
+        return list(recipe.steps[0].sources)
+    _several(recipe, common)
+    return None
+
+
+def _several(recipe: Any, common: Mapping[str, Any]) -> None:
+    """A file of several documents: each is a step, and what is only a step is not kept."""
+    from surgery.cli.recipe import show_planned
+    from surgery.graph.recipe import plan_recipe, run_recipe
+
+    options = run_options(common)
+    open_input = partial(open_source, offline=options.offline)
+    if common["dry_run"]:
+        show_planned(plan_recipe(recipe, load_op, open_input, options=options), as_json=common["as_json"])
+        return
+    with output.Progress() as report:
+        results = run_recipe(recipe, load_op, open_input, common["out"], options=options, report=report)
+    if common["as_json"]:
+        output.data_json({n: {"path": str(r.path), "digest": r.record["digest"]} for n, r in results.items()})
+    else:
+        for result in results.values():
+            output.data(str(result.path))
+
+
+merge = command_function(
+    "merge",
+    "Merge models.",
+    own={
+        "models": (
+            list[str] | None,
+            typer.Argument(
+                metavar="[HOST DONOR]",
+                help="The model whose tower is merged into, and the text model. Folder, file, alias or hub id.",
+                show_default=False,
+            ),
+            None,
+        ),
+        "base": (
+            str | None,
+            typer.Option("--base", metavar="MODEL", help="What both came from, for task vectors."),
+            None,
+        ),
+        "config": (
+            Path | None,
+            typer.Option("-c", "--config", metavar="FILE", help="A mergekit YAML file instead of HOST DONOR."),
+            None,
+        ),
+        "workers": (
+            int,
+            typer.Option(
+                "--workers", "-j", "--jobs", min=0, help="Tensors in work at once [default: the cores, at most 4]."
+            ),
+            0,
+        ),
+    },
+    sources_of=_sources,
+)

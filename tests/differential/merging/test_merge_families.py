@@ -1,0 +1,130 @@
+"""The merge of every family, in both layouts of its class: what changes, what does not, and what the model computes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import vlm_pairs
+from safetensors.torch import load_file
+from vlm_pairs import Pair
+
+import surgery
+from surgery.arch.language.towers import TowerMap, find_towers, shapes_of
+from surgery.store.checkpoint import open_checkpoint
+
+FAMILIES = list(vlm_pairs.CONFIGS)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+def mapped(pair: Pair) -> TowerMap:
+    return find_towers(*(shapes_of(open_checkpoint(p).tensors) for p in (pair.host, pair.donor)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir() if f.name != "surgery.json"}
+
+
+def loaded(family: str, folder: Path) -> Any:
+    """The model by its own class; nothing may be missing, left over or of another shape."""
+    kind = getattr(transformers, vlm_pairs.CONFIGS[family][0])
+    model, said = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"], said
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "dtype", "shards"),
+    [(f, layout, "bfloat16", 1) for f in FAMILIES for layout in ("default", "memory")]
+    + [(f, "default", "float16", 3) for f in FAMILIES]
+    + [("llava", "memory", "float32", 2), ("qwen2_vl", "default", "float32", 1)],
+)
+def test_selected_tensors_are_blended_and_all_others_are_the_host_s(
+    family: str, layout: str, dtype: str, shards: int, tmp_path: Path
+) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, family, layout=layout, dtype=dtype, shards=shards)
+    out = surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "out", layers="1-2", alpha="0.7").path
+    host, donor, merged = tensors(pair.host), tensors(pair.donor), tensors(out)
+    names = mapped(pair)
+    cross = names.cross_layers
+    chosen = {
+        mine: theirs
+        for canonical, (mine, theirs) in names.names.items()
+        if canonical.startswith(("layers.1.", "layers.2.")) and int(canonical.split(".")[1]) not in cross
+    }
+    assert chosen and list(merged) == list(host)
+    for name, tensor in merged.items():
+        assert tensor.dtype == host[name].dtype and tensor.shape == host[name].shape
+        if name in chosen:
+            want = host[name].float() * torch.tensor(0.7) + donor[chosen[name]].float() * torch.tensor(1 - 0.7)
+            assert torch.equal(tensor, want.to(tensor.dtype)), name
+        else:
+            assert torch.equal(tensor.view(torch.uint8), host[name].view(torch.uint8)), name
+    # Files: the same shards with the same headers, the same side files.
+    before, after = digests(pair.host), digests(out)
+    assert set(after) == set(before) | {"README.md"}
+    assert {n: d for n, d in after.items() if not n.endswith((".safetensors", ".md"))} == {
+        n: d for n, d in before.items() if not n.endswith(".safetensors")
+    }
+    for file in pair.host.glob("*.safetensors"):
+        length = int.from_bytes(file.read_bytes()[:8], "little") + 8
+        assert (out / file.name).read_bytes()[:length] == file.read_bytes()[:length]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_of_the_host_or_of_the_donor_is_a_copy(family: str, tmp_path: Path) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, family, shards=2)
+    same = surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "same", alpha="1").path
+    assert {n: d for n, d in digests(same).items() if n != "README.md"} == digests(pair.host)
+    other = tensors(surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "other", alpha="0").path)
+    donor = tensors(pair.donor)
+    for canonical, (mine, theirs) in mapped(pair).names.items():
+        if canonical.startswith("layers.") or canonical == "norm.weight":
+            assert torch.equal(other[mine].view(torch.uint8), donor[theirs].view(torch.uint8)), canonical
+    itself = surgery.apply("merge", pair.host, pair.host, out=tmp_path / "itself", alpha="0.9").path
+    assert {n: d for n, d in digests(itself).items() if n != "README.md"} == digests(pair.host)
+
+
+@pytest.mark.parametrize("layout", ["default", "memory"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_merged_model_computes_what_the_blended_text_model_does(family: str, layout: str, tmp_path: Path) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, family, layout=layout, dtype="float32")
+    out = surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "out", alpha="0.6").path
+    model = loaded(family, out)
+    merged, names = tensors(out), mapped(pair).names
+    text = model.config.get_text_config()
+    plain = vlm_pairs.donor_class(family)(vlm_pairs.donor_config(family, text))
+    blended = {theirs: merged[mine] for mine, theirs in names.values()}
+    head = blended.get("lm_head.weight", merged[names["embed_tokens.weight"][0]])
+    rows = plain.lm_head.weight.shape[0]
+    blended = {n: t[:rows] if n.endswith(("embed_tokens.weight", "lm_head.weight")) else t for n, t in blended.items()}
+    said = plain.load_state_dict(blended | {"lm_head.weight": head[:rows]}, strict=False)
+    assert not said.missing_keys and not said.unexpected_keys
+    ids = torch.tensor([[3, 17, 42, 5, 9, 61, 33]])
+    with torch.no_grad():
+        more = {"cross_attention_mask": None} if family == "mllama" else {}
+        got = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[..., :rows]
+        # PaliGemma's prompt sees itself whole, in both directions; the text model is asked for the same.
+        seen = {"attention_mask": torch.zeros(1, 1, 7, 7)} if family == "paligemma" else {}
+        want = plain.eval()(input_ids=ids, **seen).logits
+    assert bool(got.isfinite().all()) and float(want.std()) > 0.01
+    assert (got - want).abs().max() <= 1e-5
+
+
+def test_the_record_and_the_card_say_what_was_done(tmp_path: Path) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, "llava")
+    out = surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "out", layers="1-2").path
+    record = json.loads((out / "surgery.json").read_text())
+    assert record["steps"][0]["params"]["alpha"] == "0.9" and record["steps"][0]["params"]["layers"] == "1-2"
+    rows = record["measured"]["layers"]
+    assert [r["layer"] for r in rows] == [1, 2] and all(0.5 < r["transfer"] < 1.2 for r in rows)
+    text = (out / "README.md").read_text()
+    assert "base_model_relation: merge" in text and "host 0.9, donor 0.1" in text and str(tmp_path) not in text
+    again = surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "again", layers="1-2", alpha="0.9")
+    assert again.record["digest"] == record["digest"] and again.record["record"] == record["record"]
