@@ -24,7 +24,7 @@ from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.names import open_named
 
 _FINETUNE = 200
-_THREADS = 2  # of the finetuning; part of what a bit-equal repetition needs
+_THREADS = 1  # of the finetuning; part of what a bit-equal repetition needs
 
 
 @dataclass(frozen=True)

@@ -268,13 +268,28 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception so that locks and temporary files are cleared."""
 
 
-def main() -> None:
-    """Run the command line; the exit status is that of the error's class."""
+def _heed_signals() -> None:
+    """Make SIGTERM an exception too, and lose neither it nor Ctrl-C: one that falls into a destructor or a callback is
+    printed and dropped by Python, and the run would go on to its end."""
 
     def terminate(number: int, frame: object) -> None:
         raise _Terminated
 
+    def unraisable(lost: Any) -> None:
+        if lost.exc_type not in (KeyboardInterrupt, _Terminated):
+            sys.__unraisablehook__(lost)
+            return
+        again = signal.SIGTERM if lost.exc_type is _Terminated else signal.SIGINT
+        signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(again))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = unraisable
+
+
+def main() -> None:
+    """Run the command line; the exit status is that of the error's class."""
+    _heed_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Paths go out as the bytes they are; what the encoding of the terminal lacks goes out escaped.
         plain = sys.stdout.encoding.lower() in ("utf-8", "utf8")

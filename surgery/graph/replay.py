@@ -250,12 +250,13 @@ def _reasons(then: Mapping[str, Any], now: Mapping[str, Any], op: Op) -> Iterato
     if then["steps"][-1]["version"] != op.version:
         found = True
         yield f"{op.name} was version {then['steps'][-1]['version']} then and is {op.version} now"
-    for key in ("torch", "device", "threads", "python", "surgery"):
-        if before.get(key) != after.get(key):
+    for key in ("torch", "device", "threads", "processor", "python", "surgery"):
+        if key in before and before[key] != after.get(key):
             found = True
-            yield f"{key} was {printable(str(before.get(key)))} then and is {after.get(key)} now"
+            yield f"{key} was {printable(str(before[key]))} then and is {after.get(key)} now"
     if not found and then["steps"][-1]["key"] != now["steps"][-1]["key"]:
         found = True
         yield "the data that it reads beside its parents has changed"
     if not found:
-        yield "versions, device and threads are the same: another processor, or work that is not deterministic"
+        processor = "" if "processor" in before else "another processor (which, was not recorded), or "
+        yield f"versions, device and threads are the same: {processor}work that is not deterministic"

@@ -158,6 +158,7 @@ def run_environment(options: RunOptions) -> dict[str, Any]:
         "surgery": __version__,
         "python": platform.python_version(),
         "torch": _version("torch"),
+        "processor": _processor(),
         "device": options.device,
         "threads": options.threads,
         "shard_size": options.shard_size,
@@ -422,6 +423,18 @@ def _side_files(
     names = sorted({*contents, *(f.relative for f in (*plan.files, *extra))})
     out = space.folder / "out"
     return [{"path": n, "size": (out / n).stat().st_size, "sha256": digests.file_digest(out / n)} for n in names]
+
+
+def _processor() -> str:
+    """The kind of processor as its maker numbers it: libraries of matrix work choose their order of sums by it."""
+    words = [platform.machine()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return words[0]
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    keys = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    return printable(" ".join(words + [found[key] for key in keys if key in found]))
 
 
 def _version(package: str) -> str:

@@ -64,7 +64,7 @@ def _fault(record: Any) -> str | None:
     if any(_lacks(row, _CHANGE) for row in record["changes"]):
         return "changes"
     for parent in record["parents"].values():
-        if _lacks(parent, {"digest": str}) or not isinstance(parent.get("lineage"), str | None):
+        if _lacks(parent, {"digest": str}) or not isinstance(parent.get("lineage", 0), str | None):
             return "parents"
     return None
 

@@ -365,3 +365,25 @@ def test_a_signal_ends_the_command_with_its_status_and_says_how_to_go_on(
     ended = command("init", "dit-digits", "-o", "out", "--resume")
     assert reused(ended.stderr) >= 30
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tiny_dit / WEIGHTS).read_bytes() and names(tmp_path) == ["out"]
+
+
+def test_an_interrupt_that_falls_into_a_destructor_is_not_lost() -> None:
+    """Python prints and drops what a destructor raises; the run would go on as if nobody had pressed Ctrl-C."""
+    code = (
+        "import os, signal, time\n"
+        "from surgery.cli.main import _heed_signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "_heed_signals()\n"
+        "class Unlucky:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.001)\n"
+        "try:\n"
+        "    x = Unlucky()\n"
+        "    del x\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('heard')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("heard\n", "", 0)

@@ -387,6 +387,7 @@ DAMAGE: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "a tensor without digest": lambda r: next(iter(r["tensors"].values())).pop("sha256"),
     "parents as a list": lambda r: r.update(parents=[]),
     "a parent without digest": lambda r: r["parents"]["tiny"].clear(),
+    "a parent that does not say what made it": lambda r: r["parents"]["tiny"].pop("lineage"),
     "changes of another kind": lambda r: r.update(changes=[3]),
     "no ancestors": lambda r: r.pop("ancestors"),
     "an empty ancestor": lambda r: r["ancestors"].update(x={}),

@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.arch.dit import modeling
 from surgery.arch.dit.config import Dims, family, grafts, initial_values
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, printable
 
 
 def build_model(
@@ -68,8 +68,16 @@ def _on_meta(config: Mapping[str, Any], where: str) -> nn.Module:
         model_class = getattr(diffusers, kind.stock_class)
     known = inspect.signature(model_class.__init__).parameters
     fields = {name: value for name, value in config.items() if name in known}
-    with torch.device("meta"):
-        return model_class(**fields)
+    try:
+        with torch.device("meta"):
+            return model_class(**fields)
+    except (TypeError, ValueError, NotImplementedError) as wrong:  # fields that decide no shape are checked there only
+        reason = printable(str(wrong).split("\n")[0], limit=120)
+        raise CheckpointError(
+            "bad-config",
+            f"{where}: {kind.stock_class} refuses this configuration: {reason}",
+            hint="the config is damaged or of another model; fetch it again",
+        ) from wrong
 
 
 def _restore_position_table(model: nn.Module, config: Mapping[str, Any], where: str) -> None:

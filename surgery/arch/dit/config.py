@@ -57,6 +57,8 @@ _DEFAULTS["pixart"] = _DEFAULTS["dit"] | {
     "use_additional_conditions": None,
     "attention_type": "default",
 }
+# A damaged config must not make a plan of a million blocks: no field of a model that exists comes near these.
+_MOST_BLOCKS, _MOST = 10_000, 1 << 24
 _OPTIONAL = {"out_channels", "cross_attention_dim", "caption_channels", "use_additional_conditions", "attention_type"}
 
 
@@ -90,7 +92,7 @@ def family(config: Mapping[str, Any], where: str = "config.json") -> Family:
             hint="a diffusers model folder has config.json with _class_name; is this its transformer folder?",
         )
     stock = written.removeprefix(CLASS_PREFIX)
-    norm_type = str(config.get("norm_type", "")).removeprefix(NORM_PREFIX)
+    norm_type = str(config.get("norm_type", "(absent)")).removeprefix(NORM_PREFIX)
     if stock == "Transformer2DModel":
         # diffusers decides by norm_type what the old class stands for.
         stock = next((name for name, norm in _NORM_TYPES.items() if norm == norm_type), stock)
@@ -101,7 +103,7 @@ def family(config: Mapping[str, Any], where: str = "config.json") -> Family:
             f"{where}: {written} is neither a DiT nor a PixArt transformer",
             hint=pipeline or f"supported: {', '.join(_NORM_TYPES)}",
         )
-    if norm_type not in ("", _NORM_TYPES[stock]):
+    if norm_type not in ("(absent)", _NORM_TYPES[stock]):
         raise CheckpointError(
             "bad-config",
             f"{where}: {stock} needs norm_type {_NORM_TYPES[stock]!r}, not {config['norm_type']!r}",
@@ -176,8 +178,9 @@ def _complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif isinstance(default, bool) or key == "use_additional_conditions":
             fits, expected = isinstance(value, bool), "true or false"
         else:
-            fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            expected = "a whole number above 0"
+            most = _MOST_BLOCKS if key == "num_layers" else _MOST
+            fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+            expected = f"a whole number from 1 to {most}"
         if not fits:
             raise CheckpointError(
                 "bad-config",

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Param:
-    """One argument of an operator. `low` is the least value allowed; a float must lie above it."""
+    """One argument of an operator. `low` is the least value allowed; a float must lie above it. `high` is the most: no
+    model has a use for more, and sizes made from it still fit a file."""
 
     kind: type
     default: int | float | bool | str | None
     help: str
     low: float = -math.inf
+    high: float = 1_000_000
     choices: tuple[str, ...] = ()
 
 
@@ -198,6 +200,8 @@ def _value(op: str, name: str, param: Param, value: object) -> Any:
         fits = isinstance(parsed, int) and parsed >= param.low
     elif fits and param.kind is float:
         fits = parsed > param.low
+    if fits and param.kind in (int, float) and parsed > param.high:
+        fits, expected = False, f"at most {param.high:,.0f}"
     if not fits:
         raise UsageError(
             "bad-operator", f"operator {op!r}: {name} must be {expected}, not {value!r}", hint=f"{name}: {param.help}"

@@ -299,7 +299,7 @@ def check_room(folder: Path, needed: int) -> None:
         raise ResourceError(
             "no-room",
             f"the stage 1 recording needs {needed / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free",
-            hint="use online capture, fewer samples or bfloat16",
+            hint="pass --capture online or fewer --samples, or name a roomier disk",
         )
 
 

@@ -58,6 +58,7 @@ def test_operators_are_written_as_name_and_arguments(text: str, name: str, args:
         ("hyena-x:k=2.5", "k must be a whole number", "taps"),
         ("hyena-x:k=four", "k must be a whole number", "taps"),
         ("hyena-x:bidirectional=maybe", "bidirectional must be true or false", "centre"),
+        ("mlp:r=1e30", "r must be at most 1,000,000, not '1e30'", "hidden"),
         ("swa:w=0", "w must be a whole number of at least 1", "visible"),
         ("r0", "r must be a number above 0", "hidden"),
         ("mlp:r=nan", "r must be a number above 0", "hidden"),
