@@ -158,3 +158,20 @@ def test_a_penalty_lies_between_forbid_and_allow() -> None:
     ]
     assert torch.equal(results[0], results[1])
     assert not torch.allclose(results[0], results[2])
+
+
+def test_a_fresh_split_costs_one_pass_through_the_experts() -> None:
+    native = moe_model("qwen3_moe")
+    chain = chained(native, iterations=2, topk=[2, 2], **SPLIT)
+    calls: list[int] = []
+    blocks(chain)[0].experts.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        assert torch.equal(chain(IDS).logits, native(IDS).logits) and len(calls) == 1
+        chain.model.layers[0].mlp.coe_gates[0].weight.add_(0.1)  # another list, still of the same input
+        together = chain(IDS).logits
+    assert len(calls) == 2
+    assert torch.allclose(logits(chain), together, atol=1e-5) and len(calls) == 4
+    with torch.no_grad():
+        chain.model.layers[0].mlp.coe_alpha[0, 0] = 1e-3
+        chain(IDS)
+    assert len(calls) == 6

@@ -99,13 +99,17 @@ class CoEBlock:
             if router.weight.device.type != "meta":
                 for gate in self.coe_gates:
                     gate.load_state_dict(router.state_dict())
-        for t, gate in enumerate([router, *getattr(self, "coe_gates", ())]):
+        for t, gate in enumerate(self.routers()):
             gate.top_k = self.coe_listed[t]
         if config.coe_gate != "none" and config.coe_route != "paper":
             width = 1 if config.coe_gate == "scalar" else config.hidden_size
             if count > 1:
                 self.coe_alpha = nn.Parameter(torch.empty(count - 1, width, dtype=torch.float32))
             self.coe_beta = nn.Parameter(torch.empty(count, width, dtype=torch.float32))
+
+    def routers(self) -> list[nn.Module]:
+        """The router of each pass; the one that all share, once."""
+        return [getattr(self, self.coe_router), *getattr(self, "coe_gates", ())]
 
     def reset_chain(self) -> None:
         """alpha and beta of a chain that computes what the native block does (section "function-preserving")."""
@@ -126,21 +130,28 @@ class CoEBlock:
         gated = hasattr(self, "coe_beta")
         acc_TH: Any = None
         taken: list[torch.Tensor] = []
-        weights = None
-        for t in range(self._passes_needed()):
-            weights, index = self.choose(t, z_TH, taken, batch)
-            taken.append(index)
-            m_TH = self.mix(t, z_TH, index, weights)
+        passes = self._passes()
+        for group in passes:
+            if len(group) > 1 and not taken and self._make_one_list(group):
+                _, weights, index = getattr(self, self.coe_router)(z_TH)
+                taken.append(index)
+            else:
+                chosen = []
+                for t in group:
+                    chosen.append(self.choose(t, z_TH, taken, batch))
+                    taken.append(chosen[-1][1])
+                weights, index = chosen[0] if len(group) == 1 else (torch.cat(c, 1) for c in zip(*chosen, strict=True))
+            m_TH = self.mix(group, z_TH, index, weights)
             if self._aux is not None:
                 m_TH = _WithBalanceLoss.apply(m_TH, self._aux)
             if not gated:
                 z_TH = z_TH + m_TH if self.coe_inner or self.coe_route != "paper" else m_TH
                 continue
             # In float32: gates in bfloat16 could not move away from 1, and 1·m + 0·m' has to be m to the bit.
-            wide = m_TH.float()
+            wide, t = m_TH.float(), group[-1]
             beta = self.coe_beta[t].float()
             acc_TH = beta * wide if acc_TH is None else torch.addcmul(acc_TH, beta, wide)
-            if t + 1 < self.coe_count:
+            if group is not passes[-1]:
                 z_TH = torch.addcmul(z_TH.float(), self.coe_alpha[t].float(), wide).to(z_TH.dtype)
         out = (acc_TH.to(hidden_states.dtype) if gated else z_TH).reshape(batch, length, width)
         self._aux = None
@@ -183,10 +194,12 @@ class CoEBlock:
             self._aux = self.coe_aux_alpha * loss
         return weights, index
 
-    def mix(self, t: int, z_TH: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """m_t [T, H]: the chosen experts, and the shared ones where this pass has them."""
+    def mix(self, group: list[int], z_TH: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """m [T, H] of the passes in `group`, which read the same z: the chosen experts, and the shared ones as often as
+        these passes have them."""
         m_TH = self.experts(z_TH, index, weights)
-        if self.coe_shared == "first" and t > 0:
+        times = {"first": float(0 in group), "every": len(group), "split": len(group) / self.coe_count}[self.coe_shared]
+        if not times:
             return m_TH
         if hasattr(self, "shared_expert"):
             shared = self.shared_expert(z_TH)
@@ -195,21 +208,40 @@ class CoEBlock:
             shared = self.shared_experts(z_TH)
         else:
             return m_TH
-        return m_TH + (shared / self.coe_count if self.coe_shared == "split" else shared)
+        return m_TH + (shared if times == 1 else shared * times)
 
-    def _passes_needed(self) -> int:
-        """C, without trailing passes whose beta is zero: nothing reads them. Only where no gradient is asked for, the
-        answer costs no synchronisation, and nobody listens to the routers."""
-        last = self.coe_count
-        if torch.is_grad_enabled() or self.training or last == 1 or not hasattr(self, "coe_beta"):
-            return last
+    def _passes(self) -> list[list[int]]:
+        """Which passes run, and which of them at once. Every one by itself where gradients are asked for, where looking
+        at alpha and beta would cost a synchronisation, or where somebody listens to the routers. Otherwise trailing
+        passes at beta 0 are left out, since nothing reads them, and passes at alpha 0 read what the one before read:
+        with the same beta their lists go through the experts together."""
+        alone = [[t] for t in range(self.coe_count)]
+        if torch.is_grad_enabled() or self.training or len(alone) == 1 or not hasattr(self, "coe_beta"):
+            return alone
         if self.coe_beta.device.type != "cpu" or torch.compiler.is_compiling():
-            return last
-        if any(gate._forward_hooks for gate in getattr(self, "coe_gates", ())):
-            return last
-        while last > 1 and not self.coe_beta[last - 1].any():
-            last -= 1
-        return last
+            return alone
+        if any(router._forward_hooks for router in self.routers()):
+            return alone
+        while len(alone) > 1 and not self.coe_beta[alone[-1][0]].any():
+            alone.pop()
+        groups = alone[:1]
+        for (t,) in alone[1:]:
+            if not self.coe_alpha[t - 1].any() and torch.equal(self.coe_beta[t], self.coe_beta[t - 1]):
+                groups[-1].append(t)
+            else:
+                groups.append([t])
+        return groups
+
+    def _make_one_list(self, group: list[int]) -> bool:
+        """Whether the lists of the passes in `group`, which read the same z, together are the list of the first router:
+        they share it out, and their routers are still copies."""
+        if self.coe_route != "split" or self.coe_reselect != "forbid":
+            return False
+        if sum(self.coe_topk[t] for t in group) != self.coe_listed[0]:
+            return False
+        first = getattr(self, self.coe_router).state_dict()
+        others = () if self.coe_share else [self.coe_gates[t - 1].state_dict() for t in group if t]
+        return all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 class CoEForCausalLM:
@@ -230,11 +262,13 @@ class CoEForCausalLM:
             block.reset_chain()  # the block counts as initialised already: the library would pass it over
             if not block.coe_outer:
                 layer.register_forward_hook(_without_residual(self.coe_attribute))
-            router = getattr(block, block.coe_router)
-            if config.coe_route == "paper" and router.weight.device.type != "meta":
-                for gate in (router, *getattr(block, "coe_gates", ())):
-                    nn.init.kaiming_uniform_(gate.weight, a=math.sqrt(5))
         self.post_init()
+        if config.coe_route == "paper":
+            # The published code leaves its routers as torch draws a linear layer.
+            for block in self.modules():
+                for gate in block.routers() if isinstance(block, CoEBlock) else ():
+                    if gate.weight.device.type != "meta":
+                        nn.init.kaiming_uniform_(gate.weight, a=math.sqrt(5))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
