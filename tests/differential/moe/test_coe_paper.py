@@ -180,7 +180,7 @@ def test_a_model_made_by_name_trains_from_scratch() -> None:
     torch.manual_seed(0)
     model = kind(kind.config_class(**fields)).train()
     before = [b.coe_gates[0].weight.clone() for b in blocks(model)]
-    assert all(abs(float(w.std()) - 1 / (3 * 64) ** 0.5) < 0.01 for w in before)
+    assert all(abs(float(w.detach().std()) - 1 / (3 * 64) ** 0.5) < 0.01 for w in before)
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = torch.arange(40).repeat(2, 1)
     first = None
