@@ -65,7 +65,10 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
     ),
     "probe": (
         "Look into a model: which parts of it do what.",
-        {"layers": ("surgery.cli.layers:probe_layers", "Change one layer at a time and measure what it costs.")},
+        {
+            "layers": ("surgery.cli.layers:probe_layers", "Change one layer at a time and measure what it costs."),
+            "routing": ("surgery.cli.routing:probe_routing", "Which experts the routers of a model choose on text."),
+        },
     ),
     "sweep": (
         "Measure many edits of a model without writing them.",

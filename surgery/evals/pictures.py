@@ -230,6 +230,50 @@ def curves(
     return _write(path, buffer)
 
 
+# --- heat maps --------------------------------------------------------------------------------------------------------
+
+
+def heat_map(
+    matrices: Mapping[str, Sequence[Sequence[float]]],
+    path: str | Path,
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    y_ticks: Sequence[str] = (),
+) -> Path:
+    """A PNG of titled matrices, up to three in a row, each on its own scale from zero. `y_ticks` names the rows. Raises
+    UsageError when there is nothing to show, ResourceError without matplotlib."""
+    if not matrices or any(not rows or not rows[0] for rows in matrices.values()):
+        raise UsageError("no-matrix", "no matrix to show")
+    figure_module, canvas_module = (_need(f"matplotlib.{name}") for name in ("figure", "backends.backend_agg"))
+    across = min(3, len(matrices))
+    down = math.ceil(len(matrices) / across)
+    tall = max(len(rows) / len(rows[0]) for rows in matrices.values())
+    wide = 8.4 if across == 1 else 4.2
+    figure = figure_module.Figure(
+        figsize=(wide * across, min(40.0, down * max(2.0, 0.9 * wide * min(1.5, tall)))), dpi=120, layout="constrained"
+    )
+    canvas_module.FigureCanvasAgg(figure)
+    panels = figure.subplots(down, across, squeeze=False)
+    for axes, item in zip(panels.flat, [*matrices.items(), *[None] * (across * down - len(matrices))], strict=True):
+        if item is None:
+            axes.set_axis_off()
+            continue
+        title, rows = item
+        values = np.asarray(rows, dtype=float)
+        shown = axes.imshow(values, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.set_ylabel(y_label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        if y_ticks and len(y_ticks) <= 64:
+            axes.set_yticks(range(len(y_ticks)), labels=list(y_ticks))
+        figure.colorbar(shown, ax=axes, shrink=0.9)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return _write(path, buffer)
+
+
 def _write(path: str | Path, buffer: BytesIO) -> Path:
     atomic_write(Path(path), buffer.getvalue())
     return Path(path)

@@ -1,13 +1,12 @@
 """Whether a converted folder holds what its model will ask for, and computes what its base does.
 
-`check_keys` reads headers and imports nothing heavy; `check_logits` builds both models from the installed classes, one
-after the other, with Transformers' own report of missing and unexpected names.
+`check_keys` reads headers and imports nothing heavy; `check_logits` builds both models, one after the other, and
+refuses a name that is missing or unexpected.
 """
 
 from pathlib import Path
 from typing import Any
 
-from surgery.arch.moe.families import chain_family
 from surgery.errors import CheckpointError, Mismatch
 from surgery.graph.op import Plan
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
@@ -73,32 +72,15 @@ def check_logits(base: Checkpoint, folder: Path, *, expected: str, collapse: boo
 
 
 def _logits(folder: Path, *, wide: bool) -> Any:
-    """Logits [4, 64, vocabulary] of the model in the folder, loaded without running code from it."""
+    """Logits [4, 64, vocabulary] of the model in the folder, loaded strictly and without running code from it."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    from surgery.arch.moe.build import model_class
-    from surgery.store.layout import read_json
+    from surgery.arch.language.load import load_model
 
-    config = read_json(folder / "config.json")
-    chain = chain_family(config)
-    kind = AutoModelForCausalLM if chain is None else model_class(chain)
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        dtype = torch.float32 if wide else "auto"
-        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    wrong = [f"missing '{n}'" for n in info["missing_keys"]] + [f"unexpected '{n}'" for n in info["unexpected_keys"]]
-    if wrong:
-        raise CheckpointError("wrong-tensors", f"{folder.name}: {'; '.join(wrong[:3])}", hint="a fault of ours")
+    model: Any = load_model(open_checkpoint(folder, name=folder.name), dtype="float32" if wide else "auto")
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, TOKENS, generator=draw)
-    with torch.no_grad():
-        return model.eval()(tokens).logits
+    # With gradients on, though nothing asks for one, no pass is left out or run together with another.
+    model.requires_grad_(False)
+    with torch.enable_grad():
+        return model(tokens).logits
