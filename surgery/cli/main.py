@@ -78,6 +78,7 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
         "Steer what a vision-language model looks at, and let checkpoints carry it.",
         {
             "attach": ("op:adaptvis-attach", "Attach an attention patch; the weights stay as they are, byte for byte."),
+            "tune": ("surgery.cli.adaptvis.tune:tune", "Find alphas and threshold, and what they are worth held out."),
             "ask": ("surgery.cli.adaptvis.ask:ask", "Ask one question about a picture, steered."),
             "verify": ("surgery.cli.adaptvis.verify:verify", "Check that a checkpoint's patch is whole and acts."),
             "eval": (

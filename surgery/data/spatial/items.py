@@ -7,7 +7,7 @@ the picture), `split`. What is not known is left out. Reading checks every line;
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def items_digest(items: Iterable[Item]) -> str:
 
 def split_groups(items: Sequence[Item], *, val: float, seed: int) -> tuple[list[Item], list[Item]]:
     """(validation, test): whole groups, a share `val` of them drawn from `seed`; items without a group are their own.
+    Their `split` says so from then on.
 
     Splitting by group keeps what was tuned on one picture of a set out of the test of its siblings, and leaves sets
     whole, which pair and set accuracy need.
@@ -125,7 +126,8 @@ def split_groups(items: Sequence[Item], *, val: float, seed: int) -> tuple[list[
     held = {name for i, name in enumerate(names) if i in chosen}
     parts: tuple[list[Item], list[Item]] = ([], [])
     for item in items:
-        parts[(item.group or item.id) not in held].append(item)
+        tested = (item.group or item.id) not in held
+        parts[tested].append(replace(item, split="test" if tested else "val"))
     return parts
 
 

@@ -130,12 +130,12 @@ def ask(loaded: Loaded, items: Sequence[Item], asking: Asking) -> list[Row]:
 
     began = time.perf_counter()
     inputs = encode_items(loaded, items, template=asking.template)
-    options = [[_spellings(loaded.tokenizer, o) for o in item.options] for item in items]
+    options = [[spellings(loaded.tokenizer, o) for o in item.options] for item in items]
     answers: list[dict[str, Row]] = [{} for _ in items]
     stop = stop_tokens(loaded)
     with Prefill(loaded.model, inputs, asking.patch, tokenizer=loaded.tokenizer) as run:
         policy = asking.policy or Policy(1.0, 1.0, 0.0)
-        sure = run.confidence(_over_options(policy, options))
+        sure = run.confidence(over_options(policy, options))
         for method in asking.methods:
             if method in ("base", "scaling", "adapt"):
                 alphas = [asking.alpha if method == "scaling" else policy.alpha(c) for c in sure]
@@ -143,18 +143,18 @@ def ask(loaded: Loaded, items: Sequence[Item], asking: Asking) -> list[Row]:
                 logits = run.steered([float(a) for a in alphas])  # type: ignore[arg-type]
                 if asking.answer == "generate":
                     said = run.answer(logits, tokens=asking.max_new_tokens, stop=stop)
-                    rows = [_read(loaded, item, ids) for item, ids in zip(items, said, strict=True)]
+                    rows = [read_answer(loaded, item, ids) for item, ids in zip(items, said, strict=True)]
                 else:
-                    rows = _choose(run.option_scores(logits, [_flat(o) for o in options]), options, items)
+                    rows = choose(run.option_scores(logits, [flat(o) for o in options]), options, items)
             else:
                 alphas = [None] * len(items)
                 how = contrast.vcd(loaded.model, inputs, run, seed=asking.seed) if method == "vcd" else None
                 with how or contrast.dola(loaded.model, inputs) as contrasted:
                     if asking.answer == "generate":
                         said = contrasted.answer(tokens=asking.max_new_tokens, stop=stop)
-                        rows = [_read(loaded, item, ids) for item, ids in zip(items, said, strict=True)]
+                        rows = [read_answer(loaded, item, ids) for item, ids in zip(items, said, strict=True)]
                     else:
-                        rows = _choose(
+                        rows = choose(
                             _first_token_scores(run.logits, contrasted.logits, options, method), options, items
                         )
             for into, row, alpha in zip(answers, rows, alphas, strict=True):
@@ -198,11 +198,12 @@ def judge(item: Item, text: str) -> Row:
     }
 
 
-def _read(loaded: Loaded, item: Item, ids: Sequence[int]) -> Row:
+def read_answer(loaded: Loaded, item: Item, ids: Sequence[int]) -> Row:
+    """What answer tokens say, by both rules."""
     return judge(item, loaded.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
 
-def _spellings(tokenizer: Any, option: str) -> list[list[int]]:
+def spellings(tokenizer: Any, option: str) -> list[list[int]]:
     """The ways in which a model may write an option: as given and capitalised, each once."""
     found: list[list[int]] = []
     for text in (option, option[:1].upper() + option[1:]):
@@ -214,11 +215,12 @@ def _spellings(tokenizer: Any, option: str) -> list[list[int]]:
     return found
 
 
-def _flat(options: Sequence[Sequence[list[int]]]) -> list[list[int]]:
+def flat(options: Sequence[Sequence[list[int]]]) -> list[list[int]]:
+    """All spellings of a sample's options, one after the other."""
     return [ids for spelled in options for ids in spelled]
 
 
-def _choose(scores: Sequence[Sequence[float]], options: Sequence[Any], items: Sequence[Item]) -> list[Row]:
+def choose(scores: Sequence[Sequence[float]], options: Sequence[Any], items: Sequence[Item]) -> list[Row]:
     """The option whose best spelling is likeliest; the earlier one of equals."""
     rows = []
     for listed, spelled, item in zip(scores, options, items, strict=True):
@@ -233,7 +235,7 @@ def _choose(scores: Sequence[Sequence[float]], options: Sequence[Any], items: Se
 def _first_token_scores(plain: Any, logits: Any, options: Sequence[Any], method: str) -> list[list[float]]:
     from surgery.evals.spatial import contrast
 
-    if any(len(ids) > 1 for listed in options for ids in _flat(listed)):
+    if any(len(ids) > 1 for listed in options for ids in flat(listed)):
         raise UsageError(
             "options",
             f"closed-set answers of {method} need options of one token each",
@@ -241,18 +243,18 @@ def _first_token_scores(plain: Any, logits: Any, options: Sequence[Any], method:
         )
     rows = []
     for i, listed in enumerate(options):
-        ids = [ways[0] for ways in _flat(listed)]
+        ids = [ways[0] for ways in flat(listed)]
         # What the plain model finds implausible among the options is left out: contrasts blow up there.
         likely = contrast.plausible(plain[i : i + 1, ids])[0].tolist()
         rows.append([float(logits[i, t]) if keep else -math.inf for t, keep in zip(ids, likely, strict=True)])
     return rows
 
 
-def _over_options(policy: Policy, options: Sequence[Sequence[list[list[int]]]]) -> Policy:
+def over_options(policy: Policy, options: Sequence[Sequence[list[list[int]]]]) -> Policy:
     """The policy with the first tokens of the options, for confidences that are taken over them."""
     if policy.confidence != "option-prob" or policy.options is not None:
         return policy
-    return replace(policy, options=tuple(sorted({ids[0] for listed in options for ids in _flat(listed)})))
+    return replace(policy, options=tuple(sorted({ids[0] for listed in options for ids in flat(listed)})))
 
 
 @contextmanager

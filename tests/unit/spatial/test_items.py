@@ -1,6 +1,7 @@
 """The file of questions: what is written reads back, and each fault names its line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_files_that_are_not_there_or_empty_are_refused(tmp_path: Path) -> None:
 def test_splitting_keeps_groups_and_order(tmp_path: Path) -> None:
     items = [Item(str(i), (), "?", ("a", "b"), "a", group=f"g{i // 3}" if i < 30 else "") for i in range(40)]
     held, rest = split_groups(items, val=0.3, seed=1)
-    assert sorted([*held, *rest], key=lambda i: int(i.id)) == items
+    assert {i.split for i in held} == {"val"} and {i.split for i in rest} == {"test"}
+    assert sorted((replace(i, split="") for i in [*held, *rest]), key=lambda i: int(i.id)) == items
     assert {i.group for i in held if i.group} & {i.group for i in rest if i.group} == set()
     assert len({i.group or i.id for i in held}) == 6  # of ten groups and ten items without one
     assert split_groups(items, val=0.3, seed=1) == (held, rest) != split_groups(items, val=0.3, seed=2)
