@@ -178,6 +178,6 @@ def _same(one: str, two: str) -> bool:
 
 
 def _only_number(text: str) -> Decimal | None:
-    return (
-        _last_number(text) if re.fullmatch(r"[-+]?[\d,]*\.?\d+([eE][-+]?\d{1,3})?|[-+]?\d+\s*/\s*\d+", text) else None
-    )
+    """The number that a text is; none for 07, which is a code and not 7."""
+    plain = re.fullmatch(r"(?!0\d)[-+]?[\d,]*\.?\d+([eE][-+]?\d{1,3})?|[-+]?\d+\s*/\s*\d+", text)
+    return _last_number(text) if plain else None

@@ -97,6 +97,8 @@ def test_numbers(response: str) -> None:
         ("string", "red car", None, "The answer is: Red Car", True),
         ("string", "red", None, "red car", False),
         ("string", "1000", None, "1,000", True),
+        ("string", "07", None, "7", False),
+        ("string", "07", None, "07", True),
         ("list", "[1, 2, 3]", None, "so [1,2,3]", True),
         ("list", "[1, 2, 3]", None, "(1, 2.0, 3)", True),
         ("list", "[1, 2, 3]", None, "[3, 2, 1]", False),

@@ -1,0 +1,100 @@
+"""What a merge costs a vision-language model, and where: the trade-off curve and the layer profile on real digits.
+
+    python examples/merge_digits.py [OUT] [SEED,SEED,...]        about three minutes of one core a seed
+
+Trains the small models of vlm_digits.py, runs the commands that it prints, and ends with a table over the seeds. It
+shows how reading images falls as more of the text model is merged in, and which layers that depends on. It does not
+show that merging carries arithmetic over to images: with these models it does not, and the row `image-sum` says so.
+"""
+
+import csv
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_digits import make
+
+TASKS = ("read", "sum", "image-sum")
+SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0)
+
+
+def surgery(*words: str | Path) -> None:
+    """Run one command as a user would, and show it."""
+    line = ["surgery", *map(str, words)]
+    print(f"$ {shlex.join(line)}", flush=True)
+    subprocess.run([sys.executable, "-m", *line], check=True)
+
+
+def study(out: Path, seed: int, *, shorten: int = 1, per_task: int = 200, shares: Sequence[float] = SHARES) -> None:
+    """Train, then measure: pictures and tables go to `out`."""
+    import torch
+
+    torch.set_num_threads(1)
+    make(out, seed, shorten=shorten, per_task=per_task)
+    data = (
+        "--eval",
+        out / "questions.jsonl",
+        "--prompt",
+        "bare",
+        "--group-by",
+        "task",
+        "--threads",
+        "1",
+        "--batch",
+        "100",
+    )
+    short = ("--metric", "acc", "--max-new-tokens", "4", "--dev", "0")
+    many = ",".join(f"{share:g}" for share in shares)
+
+    # 1. Which layers does the intact model need, for which task? Each is taken out in turn.
+    surgery(
+        "probe",
+        "layers",
+        out / "vlm",
+        *data,
+        "--ablate",
+        "zero",
+        "-o",
+        out / "profile.csv",
+        "--png",
+        out / "profile.png",
+    )
+    # 2. The trade-off: more and more of the text model, in all layers.
+    merge = ("sweep", "merge", out / "vlm", out / "llm", *data, *short)
+    surgery(*merge, "--alpha", many, "-o", out / "curve.csv", "--png", out / "curve.png")
+    # 3. Where does it hurt? Half of the text model, in three early or three late layers, and two at a time.
+    halves = ("--layers", "0-2", "--layers", "3-5", "--window", "2")
+    surgery(*merge, "--alpha", "0.5", *halves, "-o", out / "windows.csv", "--png", out / "windows.png")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def over_seeds(folders: Sequence[Path], name: str, **where: str) -> str:
+    """The mean over the seeds, and the smallest and largest, of the rows with these values."""
+    found = [float(r["value"]) for f in folders for r in rows(f / name) if all(r[k] == v for k, v in where.items())]
+    mean = sum(found) / len(found)
+    return f"{mean:.3f}" + (f" [{min(found):.3f}, {max(found):.3f}]" if len(found) > 1 else "")
+
+
+def table(folders: Sequence[Path]) -> None:
+    """Accuracies by share and by place; with several seeds the smallest and largest beside the mean."""
+    print(f"\n{'host / donor':24}" + "".join(f"{task:24}" for task in TASKS))
+    for share in [r["alpha"] for r in rows(folders[0] / "curve.csv") if r["group"] == "all"]:
+        cells = (over_seeds(folders, "curve.csv", alpha=share, group=f"task={task}") for task in TASKS)
+        print(f"{float(share):.2f} / {1 - float(share):.2f}".ljust(24) + "".join(c.ljust(24) for c in cells))
+    for layers in dict.fromkeys(r["layers"] for r in rows(folders[0] / "windows.csv")):
+        cells = (over_seeds(folders, "windows.csv", layers=layers, group=f"task={task}") for task in TASKS)
+        print(f"0.50, layers {layers} only".ljust(24) + "".join(c.ljust(24) for c in cells))
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else "out/merge-digits")
+    seeds = [int(s) for s in (sys.argv[2] if len(sys.argv) > 2 else "0").split(",")]
+    for number in seeds:
+        study(root / f"seed-{number}", number)
+    table([root / f"seed-{number}" for number in seeds])
