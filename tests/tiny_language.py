@@ -54,6 +54,23 @@ def save_llava(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
     return folder
 
 
+def save_relative(folder: Path, vlm: Path, *, noise: float = 0.03) -> Path:
+    """A LlamaForCausalLM with the tower of `vlm` and noise on every weight: what a donor from the same base is like."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration
+
+    host = LlavaForConditionalGeneration.from_pretrained(vlm)
+    model = LlamaForCausalLM(host.config.text_config)
+    model.model.load_state_dict(host.model.language_model.state_dict())
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(torch.randn_like(tensor) * noise)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(vlm).save_pretrained(folder)
+    return folder
+
+
 def _enliven(model: Any) -> Any:
     """Widen the matrices: at the initial 0.02 a layer hardly changes what passes through it."""
     import torch

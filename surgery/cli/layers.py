@@ -47,7 +47,7 @@ def probe_layers(
     ] = "zero",
     module: Annotated[str, typer.Option("--module", help="attn, mlp or block.")] = "block",
     layers: Annotated[
-        str, typer.Option("-l", "--layers", metavar="LIST", help="Layers to probe: all, 50%, 0-3,7.")
+        str, typer.Option("-l", "--layers", metavar="LIST", help="Layers to probe: all, 0-3,7, 12:28, 20-.")
     ] = "all",
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="Whose layers --ablate base puts in.")
@@ -92,7 +92,7 @@ def probe_layers(
     host = open_source(model, offline=offline)
     other = open_source(source, offline=offline) if source is not None else None
     from surgery.arch.language.load import load
-    from surgery.arch.layers import parse_layers
+    from surgery.arch.layers import parse_spans
     from surgery.evals.layers.measures import measure
     from surgery.evals.layers.profile import probe_layers as probe
     from surgery.evals.layers.profile import rows
@@ -100,7 +100,7 @@ def probe_layers(
 
     items = _items(eval_data, limit, seed, group_by)
     loaded = load(host, dtype=dtype, attn=attn, device=device)
-    chosen = parse_layers(layers, len(tower_of(loaded.model, host.name).layers))
+    chosen = parse_spans(layers, len(tower_of(loaded.model, host.name).layers))
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
     with output.Progress() as report:
@@ -131,7 +131,7 @@ def sweep_merge(
     alpha: Annotated[str, typer.Option("--alpha", metavar="LIST", help="Shares of the host.")] = "1,0.9,0.8,0.7",
     layers: Annotated[
         list[str] | None,
-        typer.Option("-l", "--layers", metavar="LIST", help="Layers to merge; several times for several."),
+        typer.Option("-l", "--layers", metavar="LIST", help="Layers to merge, as for merge; several times."),
     ] = None,
     window: Annotated[int | None, typer.Option("--window", min=1, help="Also every window of so many layers.")] = None,
     stride: Annotated[
@@ -140,6 +140,9 @@ def sweep_merge(
     dev: Annotated[
         float, typer.Option("--dev", help="Share of the items to choose on; the rest is reported. 0: choose nothing.")
     ] = 0.5,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge models that do not look related, as surgery merge.")
+    ] = False,
     metric: _Metric = "acc",
     group_by: _Group = None,
     prompt: _Prompt = "direct",
@@ -180,13 +183,14 @@ def sweep_merge(
     from surgery.evals.layers.measures import measure
     from surgery.evals.layers.sweep import pick, rows, selections, split_items
     from surgery.evals.layers.sweep import sweep_merge as sweep
-    from surgery.evals.layers.weights import tower_of
 
     items = _items(eval_data, limit, seed, group_by)
     everything = list(range(len(items)))
     choose, rest = split_items(items, dev, seed, group_by) if dev else (everything, everything)
+    chosen, warnings = selections(vlm, llm, layers or [], window, stride, force=force)
+    for warning in warnings:
+        output.warn(warning)
     loaded = load(vlm, dtype=dtype, attn=attn, device=device)
-    chosen = selections(layers or [], window, stride, len(tower_of(loaded.model, vlm.name).layers))
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
     with output.Progress() as report:

@@ -11,6 +11,15 @@ import pytest
 from PIL import Image
 
 Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def donor(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_language import save_relative
+
+    return save_relative(tmp_path_factory.mktemp("donor") / "llm", tiny_llava)
+
+
 FEW = ("--prompt", "bare", "--batch", "4", "--threads", "1")
 
 
@@ -72,9 +81,9 @@ def test_the_layers_of_the_model_itself_change_nothing(command: Run, tiny_llava:
 
 
 def test_a_sweep_chooses_on_one_part_and_reports_on_the_other(
-    command: Run, tiny_llava: Path, tiny_llama: Path, data: Path, tmp_path: Path
+    command: Run, tiny_llava: Path, donor: Path, data: Path, tmp_path: Path
 ) -> None:
-    args = ("sweep", "merge", tiny_llava, tiny_llama, "--eval", data, *FEW, "--metric", "nll", "--alpha", "1,0.9,0.5")
+    args = ("sweep", "merge", tiny_llava, donor, "--eval", data, *FEW, "--metric", "nll", "--alpha", "1,0.9,0.5")
     ended = command(*args, "--png", "s.png", "-o", "s.csv", "--json", "--group-by", "kind")
     assert ended.code == 0, ended.stderr
     shown = json.loads(ended.stdout)
@@ -89,15 +98,17 @@ def test_a_sweep_chooses_on_one_part_and_reports_on_the_other(
     assert len(table.stdout.splitlines()) == 3 and is_picture(tmp_path / "w.png")
 
 
-def test_refusals(command: Run, tiny_llava: Path, tiny_llama: Path, tiny_dit: Path, data: Path, tmp_path: Path) -> None:
+def test_refusals(
+    command: Run, tiny_llava: Path, tiny_llama: Path, tiny_dit: Path, donor: Path, data: Path, tmp_path: Path
+) -> None:
     probe = ("probe", "layers", tiny_llava, "--eval", data, *FEW)
-    sweep = ("sweep", "merge", tiny_llava, tiny_llama, "--eval", data, *FEW)
+    sweep = ("sweep", "merge", tiny_llava, donor, "--eval", data, *FEW)
     error(command(*probe, "--ablate", "donor"), "usage.ablate")
     error(command(*probe, "--ablate", "zero", "--base", tiny_llama), "usage.ablate")
     error(command(*probe, "--ablate", "donor", "--donor", tiny_llama, "--base", tiny_llama), "usage.ablate")
     error(command(*probe, "--ablate", "noise"), "usage.ablate")
     error(command(*probe, "--module", "norm"), "usage.module")
-    error(command(*probe, "--layers", "9"), "usage.bad-layers")
+    error(command(*probe, "--layers", "9"), "usage.layers")
     error(command(*probe, "--group-by", "sort"), "usage.group")
     error(command(*probe, "--metric", "bleu"), "usage.metric")
     error(command(*probe, "--png", "x.jpg"), "usage.out")
@@ -106,7 +117,8 @@ def test_refusals(command: Run, tiny_llava: Path, tiny_llama: Path, tiny_dit: Pa
     error(command(*sweep, "--dev", "1"), "usage.dev")
     error(command(*sweep, "--stride", "2"), "usage.window")
     error(command(*sweep, "--window", "9"), "usage.window")
-    error(command("sweep", "merge", tiny_llava, tiny_dit, "--eval", data, *FEW), "checkpoint.no-tower")
+    assert command("sweep", "merge", tiny_llava, tiny_dit, "--eval", data, *FEW).code == 3
+    error(command("sweep", "merge", tiny_llava, tiny_llama, "--eval", data, *FEW), "checkpoint.unrelated")
     error(command("probe", "layers", tiny_dit, "--eval", data), "checkpoint.not-language")
     (tmp_path / "p.csv").write_text("mine")
     assert error(command(*probe, "-o", "p.csv"), "output.exists") and (tmp_path / "p.csv").read_text() == "mine"

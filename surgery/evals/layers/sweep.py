@@ -5,7 +5,7 @@ merge`. The best lam is chosen on one part of the items and reported on the rest
 same items would flatter itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from surgery.arch.language.load import Loaded
-from surgery.arch.language.towers import NORM
-from surgery.arch.layers import parse_layers
-from surgery.errors import UsageError
+from surgery.arch.merging.pair import Request, plan_pair
+from surgery.errors import CheckpointError, UsageError, printable
 from surgery.evals.layers.measures import Measure
 from surgery.evals.layers.profile import difference, groups
-from surgery.evals.layers.weights import OtherTower, kept, tower_of
+from surgery.evals.layers.weights import OtherTower, Tower, kept, tower_of
 from surgery.evals.vqa.rows import Item
 from surgery.store.checkpoint import Checkpoint
 
@@ -27,11 +26,12 @@ Report = Callable[[str, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers that are merged; with `all` of them the final norm is too, as in `surgery merge` without --layers."""
+    """What is merged at once: the words of `--layers`, the first layer of them, and the canonical names of all tensors.
+    Without --layers (`all`) the final norm is among them, as in `surgery merge`."""
 
     label: str
-    layers: tuple[int, ...]
-    final_norm: bool
+    first: int
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,33 @@ class Sweep:
     points: Mapping[tuple[str, float], Sequence[float]]
 
 
-def selections(specs: Sequence[str], window: int | None, stride: int | None, count: int) -> list[Selection]:
-    """The layers of each spec of `--layers`, then every window of so many layers; all layers if nothing is asked for.
+def selections(
+    host: Checkpoint,
+    donor: Checkpoint,
+    specs: Sequence[str] = (),
+    window: int | None = None,
+    stride: int | None = None,
+    *,
+    force: bool = False,
+) -> tuple[list[Selection], tuple[str, ...]]:
+    """The merge of each spec of `--layers`, then of every window of so many layers, or of everything; and warnings.
 
-    Raises UsageError for a spec or window that does not fit a tower of `count` layers.
+    Each is planned as `surgery merge` plans it, from headers, so that it is refused or warned of alike. Raises
+    UsageError for a spec or window that does not fit, CheckpointError when the donor does not.
     """
-    out = []
-    for spec in specs or (() if window else ("all",)):
-        out.append(Selection(spec, parse_layers(spec, count), spec.strip() == "all"))
+    whole = plan_pair(Request(force=force), host, donor, None)
+    count = whole.report["layers"]["of"]
+    wanted = list(specs)
     if window is not None:
         if not 1 <= window <= count:
             raise UsageError("window", f"a window of {window} layers", hint=f"from 1 to the tower's {count}")
-        for start in range(0, count - window + 1, stride or 1):
-            stop = start + window
-            label = f"{start}-{stop - 1}" if window > 1 else str(start)
-            out.append(Selection(label, tuple(range(start, stop)), False))
-    return list({s.label: s for s in out}.values())
+        stops = ((start, start + window - 1) for start in range(0, count - window + 1, stride or 1))
+        wanted += [f"{first}-{last}" if last > first else str(first) for first, last in stops]
+    out = []
+    for spec in dict.fromkeys(wanted or ["all"]):
+        plan = whole if spec == "all" else plan_pair(Request(layers=spec, force=force), host, donor, None)
+        out.append(Selection(spec, min(plan.report["layers"]["selected"]), tuple(plan.report["tensors"])))
+    return out, whole.warnings
 
 
 def sweep_merge(
@@ -84,7 +95,7 @@ def sweep_merge(
     host = measure.values()
     points: dict[tuple[str, float], Sequence[float]] = {}
     for selection in chosen:
-        measure.start(min(selection.layers))
+        measure.start(selection.first)
         mine = _parameters(tower, theirs, selection)
         donors = [theirs.read(n).to(p.device) for n, p in mine.items()]
         with kept(list(mine.values())), torch.no_grad():
@@ -157,22 +168,17 @@ def rows(sweep: Sweep, items: Sequence[Item], places: Sequence[int], field: str 
     return out
 
 
-def _parameters(tower: Any, theirs: OtherTower, selection: Selection) -> dict[str, nn.Parameter]:
-    """What a merge of these layers changes: all of the donor's counterparts in them, and the final norm."""
-    found: dict[str, nn.Parameter] = {}
-    for layer in selection.layers:
-        if layer in theirs.map.layers:
-            found |= {n: p for n, p in tower.parameters(layer).items() if theirs.has(n)}
-    if selection.final_norm and NORM in theirs.map.names:
-        name = theirs.map.names[NORM][0]
-        found[name] = tower.model.get_parameter(name)
-    return dict(_once(found))
-
-
-def _once(found: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Without names of one parameter twice: it must not be blended twice."""
-    seen: set[int] = set()
-    for name, parameter in found.items():
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield name, parameter
+def _parameters(tower: Tower, theirs: OtherTower, selection: Selection) -> dict[str, nn.Parameter]:
+    """The parameters that a merge changes, by their names in the model; each once, however it is tied."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for canonical in selection.tensors:
+        if canonical not in theirs.map.names:
+            raise CheckpointError(
+                "incompatible",
+                f"'{printable(canonical)}' is put together from several tensors when the model is loaded",
+                hint="write this merge with surgery merge and evaluate the folder",
+            )
+        name = theirs.map.names[canonical][0]
+        parameter = tower.model.get_parameter(name)
+        found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())

@@ -34,3 +34,11 @@ def vlm(tiny_llava: Path) -> Loaded:
 @pytest.fixture
 def texts(questions: list[Item]) -> list[Item]:
     return [item for item in questions if not item.images]
+
+
+@pytest.fixture(scope="session")
+def related(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text model whose layers are those of `tiny_llava` with some noise, as a donor from the same base has them."""
+    from tiny_language import save_relative
+
+    return save_relative(tmp_path_factory.mktemp("related") / "llm", tiny_llava)

@@ -1,16 +1,17 @@
 """Merges in memory: the arithmetic, what a selection covers, choosing on one part and reporting on another."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import surgery
-from surgery.arch.language.load import Loaded
-from surgery.errors import UsageError
+from surgery.arch.language.load import Loaded, load
+from surgery.errors import CheckpointError, UsageError
 from surgery.evals.layers.measures import measure
-from surgery.evals.layers.sweep import Selection, Sweep, blend, pick, rows, selections, split_items, sweep_merge
+from surgery.evals.layers.sweep import Sweep, blend, pick, rows, selections, split_items, sweep_merge
 from surgery.evals.vqa.rows import Item
 
 
@@ -42,10 +43,10 @@ class Recorder:
         return [float(len(self.seen))] * 4
 
 
-def test_weights_at_each_point_are_those_of_the_merge(vlm: Loaded, tiny_llama: Path) -> None:
+def test_weights_at_each_point_are_those_of_the_definition(vlm: Loaded, tiny_llava: Path, tiny_llama: Path) -> None:
     donor = surgery.open(tiny_llama)
     recorder = Recorder(vlm.model)
-    chosen = [Selection("all", (0, 1, 2, 3), True), Selection("2-3", (2, 3), False)]
+    chosen, _ = selections(surgery.open(tiny_llava), donor, ["all", "2-3"], force=True)
     found = sweep_merge(vlm, recorder, "acc", donor, [1.0, 0.75, 0.0], chosen)
     host, *states, after = [*recorder.seen, dict(vlm.model.named_parameters())]
     assert list(found.points) == [(s, a) for s in ("all", "2-3") for a in (1.0, 0.75, 0.0)]
@@ -63,42 +64,53 @@ def test_weights_at_each_point_are_those_of_the_merge(vlm: Loaded, tiny_llama: P
                 assert torch.equal(value, host[name]), name
 
 
-def test_a_sweep_measures_what_a_written_folder_measures(
-    vlm: Loaded, tiny_llama: Path, questions: list[Item], tmp_path: Path
+@pytest.mark.parametrize("metric", ["nll", "acc"])
+def test_a_sweep_measures_what_the_written_merge_measures(
+    vlm: Loaded, tiny_llava: Path, related: Path, questions: list[Item], tmp_path: Path, metric: str
 ) -> None:
-    from surgery.arch.language.load import load
-
-    donor = surgery.open(tiny_llama)
-    found = sweep_merge(
-        vlm,
-        measure(vlm, questions, "nll", prompt="bare"),
-        "nll",
-        donor,
-        [0.6],
-        selections(["all", "1-2"], None, None, 4),
-    )
-    for label, layers in {"all": (0, 1, 2, 3), "1-2": (1, 2)}.items():
-        state = vlm.model.state_dict()
-        for name in state:
-            inside = any(name.startswith(f"model.language_model.layers.{n}.") for n in layers)
-            if inside or (label == "all" and name == "model.language_model.norm.weight"):
-                state[name] = blend(state[name], donor.read(name.replace("model.language_model", "model")), 0.6)
-        folder = tmp_path / label
-        vlm.model.save_pretrained(folder, state_dict=state)
-        vlm.processor.save_pretrained(folder)
-        values = measure(load(surgery.open(folder)), questions, "nll", prompt="bare").values()
+    host, donor = surgery.open(tiny_llava), surgery.open(related)
+    how: dict[str, Any] = {"prompt": "bare", "max_new_tokens": 3}
+    chosen, _ = selections(host, donor, ["all", "1-2"])
+    found = sweep_merge(vlm, measure(vlm, questions, metric, **how), metric, donor, [0.6], chosen)
+    for label in ("all", "1-2"):
+        fields = {} if label == "all" else {"layers": label}
+        made = surgery.apply("merge", host, donor, out=tmp_path / label, alpha="0.6", **fields)
+        values = measure(load(surgery.open(made.path)), questions, metric, **how).values()
+        # The same bytes in the same batches; likelihoods go on from cached states, in other sums at most.
         assert found.points[label, 0.6] == pytest.approx(values, rel=1e-6)
 
 
-def test_selections() -> None:
-    shown = lambda *a: [(s.label, s.layers, s.final_norm) for s in selections(*a)]  # noqa: E731
-    assert shown([], None, None, 3) == [("all", (0, 1, 2), True)]
-    assert shown(["0,2"], None, None, 3) == [("0,2", (0, 2), False)]
-    assert shown([], 2, None, 4) == [("0-1", (0, 1), False), ("1-2", (1, 2), False), ("2-3", (2, 3), False)]
-    assert shown(["all"], 1, 2, 4) == [("all", (0, 1, 2, 3), True), ("0", (0,), False), ("2", (2,), False)]
-    for wrong in ((["9"], None, None, 4), ([], 5, None, 4)):
+def test_weights_of_a_sweep_are_the_bytes_of_the_merge(
+    vlm: Loaded, tiny_llava: Path, related: Path, tmp_path: Path
+) -> None:
+    host, donor = surgery.open(tiny_llava), surgery.open(related)
+    recorder = Recorder(vlm.model)
+    sweep_merge(vlm, recorder, "acc", donor, [0.9, 0.37], selections(host, donor)[0])
+    for state, alpha in zip(recorder.seen[1:], ("0.9", "0.37"), strict=True):
+        written = load(surgery.open(surgery.apply("merge", host, donor, out=tmp_path / alpha, alpha=alpha).path)).model
+        assert all(torch.equal(p, state[n]) for n, p in written.named_parameters())
+
+
+def test_selections_are_those_of_the_merge_command(tiny_llava: Path, related: Path) -> None:
+    host, donor = surgery.open(tiny_llava), surgery.open(related)
+
+    def shown(*args: Any) -> list[tuple[str, int, int]]:
+        return [(s.label, s.first, len(s.tensors)) for s in selections(host, donor, *args)[0]]
+
+    assert shown() == [("all", 0, 4 * 9 + 1)]  # with the final norm
+    assert shown(["0,2"]) == [("0,2", 0, 18)]
+    assert shown([], 2) == [("0-1", 0, 18), ("1-2", 1, 18), ("2-3", 2, 18)]
+    assert shown(["all", "2:4"], 1, 2) == [("all", 0, 37), ("2:4", 2, 18), ("0", 0, 9), ("2", 2, 9)]
+    for wrong in ((["9"],), ([], 5)):
         with pytest.raises(UsageError):
-            selections(*wrong)
+            selections(host, donor, *wrong)
+
+
+def test_unrelated_donors_are_refused_as_merge_refuses_them(tiny_llava: Path, tiny_llama: Path) -> None:
+    host, donor = surgery.open(tiny_llava), surgery.open(tiny_llama)
+    with pytest.raises(CheckpointError, match="do not look related"):
+        selections(host, donor)
+    assert "do not look related" in " ".join(selections(host, donor, force=True)[1])
 
 
 def items_of(count: int) -> list[Item]:
@@ -125,4 +137,4 @@ def test_choosing_and_reporting_are_apart() -> None:
 
 def test_shares_outside_the_line_are_refused(vlm: Loaded, tiny_llama: Path) -> None:
     with pytest.raises(UsageError, match="host share"):
-        sweep_merge(vlm, Recorder(vlm.model), "acc", surgery.open(tiny_llama), [1.2], selections([], None, None, 4))
+        sweep_merge(vlm, Recorder(vlm.model), "acc", surgery.open(tiny_llama), [1.2], [])
