@@ -81,15 +81,16 @@ def over_seeds(folders: Sequence[Path], name: str, **where: str) -> str:
     return f"{mean:.3f}" + (f" [{min(found):.3f}, {max(found):.3f}]" if len(found) > 1 else "")
 
 
-def table(folders: Sequence[Path]) -> None:
+def table(folders: Sequence[Path]) -> list[str]:
     """Accuracies by share and by place; with several seeds the smallest and largest beside the mean."""
-    print(f"\n{'host / donor':24}" + "".join(f"{task:24}" for task in TASKS))
+    lines = ["host / donor".ljust(24) + "".join(task.ljust(24) for task in TASKS)]
     for share in [r["alpha"] for r in rows(folders[0] / "curve.csv") if r["group"] == "all"]:
         cells = (over_seeds(folders, "curve.csv", alpha=share, group=f"task={task}") for task in TASKS)
-        print(f"{float(share):.2f} / {1 - float(share):.2f}".ljust(24) + "".join(c.ljust(24) for c in cells))
+        lines.append(f"{float(share):.2f} / {1 - float(share):.2f}".ljust(24) + "".join(c.ljust(24) for c in cells))
     for layers in dict.fromkeys(r["layers"] for r in rows(folders[0] / "windows.csv")):
         cells = (over_seeds(folders, "windows.csv", layers=layers, group=f"task={task}") for task in TASKS)
-        print(f"0.50, layers {layers} only".ljust(24) + "".join(c.ljust(24) for c in cells))
+        lines.append(f"0.50, layers {layers} only".ljust(24) + "".join(c.ljust(24) for c in cells))
+    return [line.rstrip() for line in lines]
 
 
 if __name__ == "__main__":
@@ -97,4 +98,4 @@ if __name__ == "__main__":
     seeds = [int(s) for s in (sys.argv[2] if len(sys.argv) > 2 else "0").split(",")]
     for number in seeds:
         study(root / f"seed-{number}", number)
-    table([root / f"seed-{number}" for number in seeds])
+    print("\n".join(["", *table([root / f"seed-{number}" for number in seeds])]))

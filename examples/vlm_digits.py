@@ -7,6 +7,7 @@ llm   base, trained on sums of two and three digits, text alone
 vlm   base with a CLIP encoder and a projector in front (LlavaForConditionalGeneration), trained to read two digits
       from two images
 
+The llm and the vlm keep the base's embeddings and head, which a merge takes from the host: what is measured is layers.
 All are ordinary folders with tokenizer and processor. OUT/questions.jsonl asks about pictures and sums that none of
 them has seen: `read` (two digits from two images), `sum` (three digits as text), `image-sum` (the sum of two digits in
 two images, which no model was trained on).
@@ -29,7 +30,7 @@ DIGITS = "0123456789"
 BATCH, REPLAY = 128, 24  # rows of a step; of the vlm's, those that are text, as in instruction data
 SUMS = 0.12  # share of sums in the base's text
 STEPS = {"base": 250, "llm": 300, "vlm": 300}
-RATES = {"base": 4e-3, "llm": 1e-3, "vlm": 1e-3}
+RATES = {"base": 4e-3, "llm": 1e-3, "vlm": 2e-3}
 IMAGE_TOKENS = (8 // 4) ** 2 + 1
 
 Row = tuple[list[int], list[int]]
@@ -88,7 +89,9 @@ def padded(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 
 
 def train(model: torch.nn.Module, batch: Callable[[], dict[str, torch.Tensor]], steps: int, rate: float) -> None:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     model.train()
     for step in range(steps):
         for group in optimiser.param_groups:
@@ -102,6 +105,11 @@ def train(model: torch.nn.Module, batch: Callable[[], dict[str, torch.Tensor]], 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
     model.eval()
+
+
+def keep_vocabulary(model: LlamaForCausalLM | LlavaForConditionalGeneration) -> None:
+    model.get_input_embeddings().requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(False)
 
 
 def make(out: Path, seed: int = 0, *, shorten: int = 1, per_task: int = 200) -> None:
@@ -121,6 +129,7 @@ def make(out: Path, seed: int = 0, *, shorten: int = 1, per_task: int = 200) -> 
     train(base, lambda: padded(data.text(SUMS, BATCH)), steps["base"], RATES["base"])
     llm = LlamaForCausalLM(config)
     llm.load_state_dict(base.state_dict())
+    keep_vocabulary(llm)
     train(llm, lambda: padded(data.text(1, BATCH)), steps["llm"], RATES["llm"])
 
     vision = CLIPVisionConfig(
@@ -138,6 +147,7 @@ def make(out: Path, seed: int = 0, *, shorten: int = 1, per_task: int = 200) -> 
     )
     vlm.model.language_model.load_state_dict(base.model.state_dict())
     vlm.lm_head.load_state_dict(base.lm_head.state_dict())
+    keep_vocabulary(vlm)
     pictures = [Image.fromarray(p).convert("RGB") for p in data.pixels]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
 

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,47 @@ def test_the_shell_example_ends_with_a_verified_graft(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("ok ")
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"hyena", "hyena.npz", "hyena.png", "dit-digits.png"}
+
+
+def test_the_study_of_merging_runs_in_small(
+    command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """merge_digits.py and vlm_digits.py with a hundredth of the steps, their commands in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import merge_digits
+
+    ended = []
+    monkeypatch.setattr(merge_digits, "surgery", lambda *words: ended.append(command(*words)))
+    merge_digits.study(tmp_path / "out", 0, shorten=100, per_task=6, shares=(1, 0.5))
+    assert [e.code for e in ended] == [0, 0, 0], ended[-1].stderr
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert made == {
+        "base", "llm", "vlm", "pictures", "questions.jsonl",
+        *(f"{name}.{kind}" for name in ("profile", "curve", "windows") for kind in ("csv", "png")),
+    }  # fmt: skip
+    shown = merge_digits.table([tmp_path / "out"])
+    assert len([line for line in shown if line.startswith(("1.00 / 0.00", "0.50 / 0.50", "0.50, layers"))]) == 9
+
+
+@pytest.mark.slow
+def test_the_study_of_merging_shows_what_it_says(tmp_path: Path) -> None:
+    """merge_digits.py as written: reading falls as more is merged in, and early layers matter more than late ones."""
+    import csv
+
+    command = [sys.executable, str(ROOT / "examples/merge_digits.py"), str(tmp_path), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    def read(name: str, **where: str) -> dict[tuple[str, float], float]:
+        rows = csv.DictReader((tmp_path / "seed-0" / name).open())
+        chosen = [r for r in rows if all(r[k] == v for k, v in where.items())]
+        return {(r["layers"], float(r["alpha"])): float(r["value"]) for r in chosen}
+
+    curve, sums = read("curve.csv", group="task=read"), read("curve.csv", group="task=sum")
+    assert curve["all", 1.0] > 0.8 and curve["all", 0.9] > curve["all", 0.5] > curve["all", 0.0]
+    assert sums["all", 0.0] > 0.9 > sums["all", 1.0]
+    halves = read("windows.csv", group="task=read")
+    assert halves["3-5", 0.5] > halves["0-2", 0.5]
 
 
 def test_every_example_is_run_by_a_test() -> None:
