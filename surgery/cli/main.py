@@ -85,6 +85,7 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
                 "surgery.cli.adaptvis.evaluate:evaluate",
                 "Ask where things are, plainly and steered.",
             ),
+            "map": ("surgery.cli.adaptvis.maps:draw_map", "Draw where a model looks in a picture when it answers."),
             "data": (
                 "Make or import questions about where things are.",
                 {

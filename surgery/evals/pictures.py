@@ -21,9 +21,9 @@ _CELL = 48  # pixels a small image is enlarged to
 _GAP = 4
 _MARGIN = 16
 _TEXT = 15
-_INK, _PAPER, _EMPTY = (40, 40, 48), (255, 255, 255), (238, 238, 242)
+INK, PAPER, _EMPTY = (40, 40, 48), (255, 255, 255), (238, 238, 242)
 # Distinguishable with the common colour deficiencies (Okabe and Ito), darkest first on a white page.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8a8a00")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8a8a00")
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -115,7 +115,7 @@ def _sheet(
     scale: int | None,
 ) -> Path:
     """Lay out (title, rows of images, images in a row) from left to right; `captions` stand left of the rows."""
-    image_module, draw_module, font_module = (_need(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
+    image_module, draw_module, font_module = (need(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
     height, width = sheets[0][1][0].shape[1:3]
     factor = scale or max(1, round(_CELL / max(height, width)))
     cell_h, cell_w = height * factor, width * factor
@@ -135,16 +135,16 @@ def _sheet(
     left += _MARGIN // 2 if left else 0
     page_w = 2 * _MARGIN + left + sum(widths) + 2 * _MARGIN * (len(sheets) - 1)
     page_h = 2 * _MARGIN + top + n_rows * (cell_h + _GAP) - _GAP
-    page = image_module.new("RGB", (page_w, page_h), _PAPER)
+    page = image_module.new("RGB", (page_w, page_h), PAPER)
     draw = draw_module.Draw(page)
     for r, text in enumerate(captions):
         middle = _MARGIN + top + r * (cell_h + _GAP) + cell_h // 2
-        draw.text((_MARGIN + left - _MARGIN // 2, middle), text, fill=_INK, font=font, anchor="rm")
+        draw.text((_MARGIN + left - _MARGIN // 2, middle), text, fill=INK, font=font, anchor="rm")
     x0 = _MARGIN + left
     for (title, rows, count), body, full in zip(sheets, body_widths, widths, strict=True):
         if title:
             corner = (x0 + (full - extent(title)[0]) / 2, _MARGIN)
-            draw.multiline_text(corner, title, fill=_INK, font=font, align="center")
+            draw.multiline_text(corner, title, fill=INK, font=font, align="center")
         for r, row in enumerate(rows):
             for c in range(count):
                 x = x0 + (full - body) // 2 + c * (cell_w + _GAP)
@@ -160,7 +160,7 @@ def _sheet(
         x0 += full + 2 * _MARGIN
     buffer = BytesIO()
     page.save(buffer, format="PNG")
-    return _write(path, buffer)
+    return write(path, buffer)
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -189,14 +189,14 @@ def curves(
     if not shown:
         raise UsageError("no-curves", f"none of the {len(series)} series has a value to show")
     figure_module, canvas_module, ticker = (
-        _need(f"matplotlib.{name}") for name in ("figure", "backends.backend_agg", "ticker")
+        need(f"matplotlib.{name}") for name in ("figure", "backends.backend_agg", "ticker")
     )
     beside = len(shown) > 6
     figure = figure_module.Figure(figsize=(8.4 if beside else 7.0, 4.2), dpi=120, layout="constrained")
     canvas_module.FigureCanvasAgg(figure)  # drawn without pyplot, which keeps global state and may want a display
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(shown.items()):
-        style, colour = _DASHES[i // len(_COLOURS) % len(_DASHES)], _COLOURS[i % len(_COLOURS)]
+        style, colour = _DASHES[i // len(COLOURS) % len(_DASHES)], COLOURS[i % len(COLOURS)]
         mark = "o" if len(points) <= 12 else None
         axes.plot(
             *zip(*points, strict=True), style, color=colour, label=name, linewidth=1.6, marker=mark, markersize=3.5
@@ -227,7 +227,7 @@ def curves(
         axes.legend(frameon=False, fontsize=9)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return _write(path, buffer)
+    return write(path, buffer)
 
 
 # --- heat maps --------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def heat_map(
     UsageError when there is nothing to show, ResourceError without matplotlib."""
     if not matrices or any(not rows or not rows[0] for rows in matrices.values()):
         raise UsageError("no-matrix", "no matrix to show")
-    figure_module, canvas_module = (_need(f"matplotlib.{name}") for name in ("figure", "backends.backend_agg"))
+    figure_module, canvas_module = (need(f"matplotlib.{name}") for name in ("figure", "backends.backend_agg"))
     across = min(3, len(matrices))
     down = math.ceil(len(matrices) / across)
     tall = max(len(rows) / len(rows[0]) for rows in matrices.values())
@@ -271,15 +271,17 @@ def heat_map(
         figure.colorbar(shown, ax=axes, shrink=0.9)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return _write(path, buffer)
+    return write(path, buffer)
 
 
-def _write(path: str | Path, buffer: BytesIO) -> Path:
+def write(path: str | Path, buffer: BytesIO) -> Path:
+    """Put a picture on disk, whole or not at all."""
     atomic_write(Path(path), buffer.getvalue())
     return Path(path)
 
 
-def _need(module: str) -> Any:
+def need(module: str) -> Any:
+    """Import a module of Pillow or matplotlib; ResourceError says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

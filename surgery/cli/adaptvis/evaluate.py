@@ -134,6 +134,8 @@ def settings_of(
     given: Mapping[str, str | None],
     confidence: str | None = None,
     decimals: int | None = None,
+    *,
+    knocks_out: bool = False,
 ) -> dict[str, Any]:
     """`alpha`, `policy` and `patch` of an evaluation: options first, then the file of a tuning, then what the
     checkpoint carries. Raises UsageError for numbers that do not belong together or are out of range."""
@@ -158,6 +160,8 @@ def settings_of(
         steps=stored.get("steps") or PAPER.steps,
         keys={"span": "span", "id+video": "image+video"}.get(str(stored.get("image_keys")), "image"),
     )
+    if patch.mode == "knock-out" and not knocks_out:
+        raise UsageError("mode", "mode knock-out has no alpha", hint="logit, mass-preserving, bias or abs")
     how = {"confidence": confidence or stored.get("confidence") or "max-prob"}
     how["decimals"] = decimals if decimals is not None else stored.get("confidence_decimals")
     if alpha is None:
