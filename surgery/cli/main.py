@@ -37,6 +37,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "replay": ("surgery.cli.replay:replay", "Build a checkpoint again from its record and compare."),
     "verify": ("surgery.cli.graph:verify", "Check every byte of a produced checkpoint against its record."),
     "run": ("surgery.cli.recipe:run", "Carry out the steps of a recipe."),
+    "plan": ("surgery.cli.recipe:plan", "Say what a recipe will do and cost, from headers alone."),
+    "schema": ("surgery.cli.recipe:schema", "Print the JSON schema of recipes."),
 }
 # name -> (one line, its commands); a command that is given as such a pair is a group inside the group.
 Commands = Mapping[str, tuple[str, Any]]
@@ -110,6 +112,7 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
     ),
 }
 
+_WITHOUT_ARGUMENTS = ("demo", "schema")
 _WIDE = {"max_content_width": 110}
 _EPILOG = "Start with: surgery demo.  Every command explains itself: surgery graft --help."
 
@@ -230,7 +233,7 @@ def _load(name: str, target: str, summary: str) -> Any:
         name=name,
         cls=_PlainCommand,
         help=_help(function.__doc__ or summary),
-        no_args_is_help=name != "demo",
+        no_args_is_help=name not in _WITHOUT_ARGUMENTS,
         context_settings=_WIDE,
     )(function)
     command = typer.main.get_command(app)

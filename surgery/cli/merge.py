@@ -1,16 +1,13 @@
 """The command that merges: HOST DONOR with --base, or a mergekit file."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from surgery.cli import output
-from surgery.cli.operation import command_function, open_source, run_options
+from surgery.cli.operation import command_function, run_options
 from surgery.errors import UsageError
-from surgery.ops.table import load_op
 
 
 def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | None:
@@ -38,21 +35,13 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
 
 def _several(recipe: Any, common: Mapping[str, Any]) -> None:
     """A file of several documents: each is a step, and what is only a step is not kept."""
-    from surgery.cli.recipe import show_planned
-    from surgery.graph.recipe import plan_recipe, run_recipe
+    from surgery.cli.recipe import print_plans, run_and_report
 
     options = run_options(common)
-    open_input = partial(open_source, offline=options.offline)
     if common["dry_run"]:
-        show_planned(plan_recipe(recipe, load_op, open_input, options=options), as_json=common["as_json"])
-        return
-    with output.Progress() as report:
-        results = run_recipe(recipe, load_op, open_input, common["out"], options=options, report=report)
-    if common["as_json"]:
-        output.data_json({n: {"path": str(r.path), "digest": r.record["digest"]} for n, r in results.items()})
+        print_plans([(recipe, common["out"])], options, as_json=common["as_json"])
     else:
-        for result in results.values():
-            output.data(str(result.path))
+        run_and_report(recipe, common["out"], options, as_json=common["as_json"])
 
 
 merge = command_function(

@@ -17,9 +17,9 @@ from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint, content_digest
 from surgery.store.header import read_header
 from surgery.store.layout import LINEAGE_FILE
+from surgery.store.record import record_digest
 
 _quoted = json.encoder.encode_basestring
-_UNHASHED = ("record", "created", "environment", "measured")
 _NUMBER = r"(?<=\.)[0-9]{1,9}(?=\.)"  # the index of a block inside a tensor's name
 
 
@@ -95,7 +95,7 @@ def make_record(
     record: dict[str, Any] = {
         "surgery": 1,
         "digest": _digest_of(rows) if tensors is not None else f"derived:{key}",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if tensors is not None else "",
         "output": {"files": files},
         "steps": [step],
         "parents": {n: _parent(p) for n, p in zip(names, parents, strict=True)},
@@ -119,14 +119,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, float) and not isfinite(value) else value
-
-
-def record_digest(record: Mapping[str, Any]) -> str:
-    """Digest of a record without itself, its time, its environment, and what the parents were called there."""
-    hashed = {k: v for k, v in record.items() if k not in _UNHASHED}
-    if isinstance(parents := hashed.get("parents"), Mapping):
-        hashed["parents"] = {n: {k: v for k, v in row.items() if k != "source"} for n, row in parents.items()}
-    return "sha256:" + digests.canonical_digest(hashed)
 
 
 def encode(record: Mapping[str, Any]) -> bytes:

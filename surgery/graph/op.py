@@ -191,11 +191,12 @@ class Op(Protocol):
     def run(self, task: Compute, tensors: "list[torch.Tensor]", generator: "torch.Generator | None") -> "torch.Tensor":
         """One output tensor from its inputs; pure: equal inputs give equal bits.
 
-        Three more methods are optional. `stream(task, readers, seed)` yields the bytes of a `streamed` entry in order,
-        as flat buffers that it may use again; `seed` is that of this tensor. `measure(plan, seed, *parents)` returns
-        JSON values about the change, taken from the parents before anything is written; `check(folder, plan, parents,
+        Some methods are optional. `stream(task, readers, seed)` yields the bytes of a `streamed` entry in order, as
+        flat buffers that it may use again; `seed` is that of this tensor. `measure(plan, seed, *parents)` returns JSON
+        values about the change, taken from the parents before anything is written; `check(folder, plan, parents,
         report)` looks at the finished folder before it is published, raises or returns more of them. The lineage keeps
-        them beside what is hashed.
+        them beside what is hashed. `tensor_params(task)` returns JSON values that, with the inputs, the dtype and for
+        drawn tensors seed and name, are all that this tensor depends on; an edited recipe keeps what it does not touch.
         """
         ...
 

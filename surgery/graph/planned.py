@@ -16,6 +16,7 @@ from surgery.errors import CheckpointError, OutputError
 from surgery.graph.lineage import make_record
 from surgery.graph.op import Op, Plan, resolved_params
 from surgery.graph.shards import index_json, plan_shards
+from surgery.store.cache import Known
 from surgery.store.checkpoint import Checkpoint, Part, TensorRef
 from surgery.store.layout import read_json, safe_relative
 
@@ -32,16 +33,25 @@ class PlannedStep:
     parents: tuple[Checkpoint, ...]
     seed: int
     key: str
-    environment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Planned(Checkpoint):
     """`made` says how it would be made; `sources` where its tensors' bytes come from, by file and name. A tensor that
-    a trainer would make has none: then the checkpoint serves for planning alone."""
+    a trainer would make has none. `pending`: its tensors cannot be read yet, it serves for planning alone. `written`:
+    it will be made in full, so its content counts and not the work; `known` is what it was when it was last made.
+    """
 
     made: PlannedStep | None = None
     sources: "Mapping[tuple[str, str], Source]" = field(default_factory=dict)
+    pending: bool = False
+    written: bool = False
+    known: Known | None = None
+
+    @property
+    def identified(self) -> bool:
+        """Whether `identity` has an answer."""
+        return self.known is not None if self.written else bool(self.step.key)
 
     @property
     def step(self) -> PlannedStep:
@@ -51,6 +61,8 @@ class Planned(Checkpoint):
 
     def identity(self) -> dict[str, str]:
         """The work that makes it stands for its content, which nobody has seen."""
+        if self.known is not None:
+            return {"digest": self.known.digest, "config": self.known.config}
         return {"derived": self.step.key}
 
     @property
@@ -77,12 +89,20 @@ class Planned(Checkpoint):
             plan=step.plan,
             tensors=None,
             files=[],
-            environment=step.environment,
+            environment={},  # that of the result, which the records of its steps are part of and hashed with
             training={},
         )
 
 
-def planned_checkpoint(name: str, made: PlannedStep, folder: Path) -> Planned:
+def planned_checkpoint(
+    name: str,
+    made: PlannedStep,
+    folder: Path,
+    *,
+    pending: bool = False,
+    written: bool = False,
+    known: Known | None = None,
+) -> Planned:
     """What `made` would publish, with its side files in `folder`, which must not exist yet."""
     from surgery.graph.engine.jobs import source_of
 
@@ -123,7 +143,19 @@ def planned_checkpoint(name: str, made: PlannedStep, folder: Path) -> Planned:
             index=own.get(names.part),
         )
     kind = "pipeline" if "model_index.json" in side else "hf"
-    return Planned(name, folder, folder, kind, parts, side, made=made, sources=sources)
+    return Planned(
+        name,
+        folder,
+        folder,
+        kind,
+        parts,
+        side,
+        made=made,
+        sources=sources,
+        pending=pending,
+        written=written,
+        known=known,
+    )
 
 
 def roots(parents: "tuple[Checkpoint, ...] | list[Checkpoint]") -> list[Checkpoint]:

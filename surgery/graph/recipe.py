@@ -10,27 +10,25 @@
 Every fault names the file, the line and the nearest known word. yaml is imported when a file is read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from surgery.errors import UsageError, closest, printable
 from surgery.graph.documents import Lines, fault, load_documents, read_text
-from surgery.graph.op import Op, Plan, PlanContext, build_op, check_parents, op_params
-from surgery.graph.run import Report, RunOptions, RunResult, plan_key, run_op, silent
-from surgery.store.checkpoint import Checkpoint, open_checkpoint
-from surgery.store.digests import cache_folder
+from surgery.graph.op import Op, build_op, check_parents, op_params
+from surgery.graph.recipe_words import Words, change, change_step
 
-_TOP = ("surgery", "seed", "inputs", "steps", "outputs")
-_STEP = ("op", "from", "with", "seed")
+_TOP = ("surgery", "include", "seed", "inputs", "steps", "outputs")
+_STEP = ("op", "from", "with", "seed", "cache")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One operation applied to named inputs or steps. `lines` say where each of `params` stands in the file."""
+    """One operation applied to named inputs or steps. `lines` say where each of `params` stands in the file. `cache`
+    asks for its result to be written and kept, where it could be made on the way; `path` is the file it stands in."""
 
     name: str
     op: str
@@ -39,6 +37,8 @@ class Step:
     seed: int
     line: int
     lines: Mapping[str, int] = field(default_factory=dict)
+    cache: bool = False
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,56 @@ class Recipe:
     outputs: Mapping[str, str]
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read and check a recipe file. Raises `UsageError` with the line of the fault, `CheckpointError` if unreadable."""
+def read_recipe(path: Path, *, changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe file with what it includes. `changes` are "key=value" as of --set. Raises `UsageError`
+    with the line of the fault, `CheckpointError` if unreadable."""
     text = read_text(path)
     if "merge_method" in text:
         from surgery.graph.mergekit_file import is_mergekit, parse_mergekit
 
         if any(is_mergekit(document) for document, _ in load_documents(text, path, several=True)):
+            if changes:
+                raise UsageError("set", f"--set {changes[0]}: {path} is mergekit's", hint="edit the file")
             return parse_mergekit(text, path)
+    found = _gather(path, text, changes, None, ())
+    if not found.steps:
+        raise fault(path, 1, "no steps", hint="add at least one step")
+    for name in set(found.inputs) & set(found.steps):
+        raise fault(*found.where["steps", name], f"'{name}' is an input and a step", hint="give the step another name")
+    for step in found.steps.values():
+        for source in step.sources:
+            if source not in found.inputs and source not in found.steps:
+                raise fault(
+                    step.path or path,
+                    step.line,
+                    f"step '{step.name}' reads '{source}', which is no input or step",
+                    hint=closest(source, [*found.inputs, *found.steps]),
+                )
+    for name, place in found.outputs.items():
+        if name not in found.steps:
+            what = f"output '{name}' is no step"
+            raise fault(*found.where["outputs", name], what, hint=closest(name, list(found.steps)))
+        if list(found.outputs.values()).count(place) > 1:
+            what = f"two outputs are called {place}"
+            raise fault(*found.where["outputs", name], what, hint="give each its own folder")
+    return Recipe(path, found.inputs, in_order(found.steps, path), found.outputs)
+
+
+@dataclass
+class _Gathered:
+    """What a file and those that it includes say; `where` is the file and line of each name."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    where: dict[tuple[str, str], tuple[Path, int]] = field(default_factory=dict)
+
+
+def _gather(
+    path: Path, text: str, changes: Sequence[str], outer_seed: int | None, opened: tuple[Path, ...]
+) -> _Gathered:
+    """One file on top of those that it includes; a step, input or output that stands in both is this file's. The seed
+    of the outermost file that has one holds for all."""
     ((document, lines),) = load_documents(text, path, several=False)
     if not isinstance(document, dict):
         raise fault(path, 1, "a recipe is a mapping with steps", hint="start with: surgery: 1")
@@ -67,38 +109,60 @@ def read_recipe(path: Path) -> Recipe:
         raise fault(
             path, lines.get(("surgery",), 1), "the first key must be 'surgery: 1'", hint="this is the format's number"
         )
-    seed = _seed(document, 0, path, lines.get(("seed",), 1))
+    found = _Gathered()
+    own_seed = document.get("seed") if outer_seed is None else outer_seed
+    for include in _includes(document, lines, path):
+        inner = path.parent / include
+        line = lines.get(("include",), 1)
+        if inner.resolve() in (path.resolve(), *(p.resolve() for p in opened)):
+            raise fault(path, line, f"{include} includes itself", hint="a file cannot stand inside itself")
+        seed = own_seed if isinstance(own_seed, int) and not isinstance(own_seed, bool) else None
+        part = _gather(inner, read_text(inner), (), seed, (*opened, path))
+        for mine, theirs in (
+            (found.inputs, part.inputs),
+            (found.steps, part.steps),
+            (found.outputs, part.outputs),
+            (found.where, part.where),
+        ):
+            mine.update(theirs)  # type: ignore[arg-type]
+    for text_of_change in changes:
+        change(document, text_of_change, list(found.steps))
+    seed = _seed(document, 0, path, lines.get(("seed",), 1)) if outer_seed is None else outer_seed
     inputs, steps, outputs = (_mapping(document, k, lines, path) for k in ("inputs", "steps", "outputs"))
+    if changes:
+        found.steps = {n: _changed(step, changes) for n, step in found.steps.items()}
     for key, names in (("inputs", inputs), ("outputs", outputs)):
         for name, value in names.items():
+            line = lines.get((key, name), 1)
             if not isinstance(value, str) or not value:
-                line = lines.get((key, name), 1)
                 raise fault(path, line, f"{key}: {name} must be a name or a path", hint="put quotes around it")
-    if not steps:
-        raise fault(path, 1, "no steps", hint="add at least one step")
-    found = {name: _step(name, body, seed, lines, path) for name, body in steps.items()}
-    for name in set(inputs) & set(found):
+            found.where[key, name] = (path, line)
+    found.inputs |= inputs
+    words = Words(path, lines, found.inputs)
+    found.inputs |= {n: words.filled(v, ("inputs", n), own=n) for n, v in inputs.items()}
+    found.outputs |= {n: words.filled(v, ("outputs", n)) for n, v in outputs.items()}
+    for name, body in steps.items():
+        found.steps[name] = _step(name, body, seed, lines, path, words)
+        found.where["steps", name] = (path, found.steps[name].line)
+    return found
+
+
+def _includes(document: Mapping[str, Any], lines: Lines, path: Path) -> list[str]:
+    value = document.get("include", [])
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
         raise fault(
-            path, lines.get(("steps", name), 1), f"'{name}' is an input and a step", hint="give the step another name"
+            path, lines.get(("include",), 1), "include must be a file or a list of files", hint="include: a.yaml"
         )
-    for step in found.values():
-        for source in step.sources:
-            if source not in inputs and source not in found:
-                raise fault(
-                    path,
-                    step.line,
-                    f"step '{step.name}' reads '{source}', which is no input or step",
-                    hint=closest(source, [*inputs, *found]),
-                )
-    for name in outputs:
-        if name not in found:
-            raise fault(
-                path, lines.get(("outputs", name), 1), f"output '{name}' is no step", hint=closest(name, list(found))
-            )
-        if list(outputs.values()).count(outputs[name]) > 1:
-            line = lines.get(("outputs", name), 1)
-            raise fault(path, line, f"two outputs are called {outputs[name]}", hint="give each its own folder")
-    return Recipe(path, inputs, in_order(found, path), outputs)
+    return value
+
+
+def _changed(step: Step, changes: Sequence[str]) -> Step:
+    """A step of an included file with what --set says of it."""
+    body: dict[str, Any] = {"with": dict(step.params), "seed": step.seed}
+    for text in changes:
+        change_step(body, step.name, text)
+    return replace(step, params=body["with"], seed=body["seed"])
 
 
 def build_steps(recipe: Recipe, load_op: Callable[[str], Any]) -> dict[str, Op]:
@@ -118,86 +182,25 @@ def build_steps(recipe: Recipe, load_op: Callable[[str], Any]) -> dict[str, Op]:
                     line = step.lines.get(name, step.line)
                     given = printable(repr(value), limit=60)
                     what = f"step '{step.name}': {name} must be {_type_words(hint)}, not {given}"
-                    raise fault(recipe.path, line, what, hint=f"see surgery {step.op.replace('-', ' ')} --help")
+                    raise fault(
+                        step.path or recipe.path, line, what, hint=f"see surgery {step.op.replace('-', ' ')} --help"
+                    )
             ops[step.name] = build_op(kind, values)
         except UsageError as err:
             if err.code == "usage.recipe":
                 raise
             # The first key that the operation does not know is what it complained of.
             line = next((at for n, at in step.lines.items() if f"'{n}'" in err.message), step.line)
-            raise fault(recipe.path, line, f"step '{step.name}': {err.message}", hint=err.hint) from None
+            raise fault(step.path or recipe.path, line, f"step '{step.name}': {err.message}", hint=err.hint) from None
         try:
             check_parents(kind, len(step.sources))
         except UsageError as err:
             what = f"step '{step.name}': {err.message}"
-            raise fault(recipe.path, step.line, what, hint="name them under 'from'") from None
+            raise fault(step.path or recipe.path, step.line, what, hint="name them under 'from'") from None
     return ops
 
 
-def plan_recipe(
-    recipe: Recipe, load_op: Callable[[str], Any], open_input: Callable[[str], Checkpoint], *, options: RunOptions
-) -> list[tuple[Step, Op, Plan | None]]:
-    """Every step with its plan; None where a plan needs the result of an earlier step. Nothing is written."""
-    ops = build_steps(recipe, load_op)
-    opened: dict[str, Checkpoint] = {}
-    planned: list[tuple[Step, Op, Plan | None]] = []
-    for step in recipe.steps:
-        plan = None
-        if all(source in recipe.inputs for source in step.sources):
-            for source in step.sources:
-                opened[source] = opened.get(source) or open_input(recipe.inputs[source])
-            parents = [opened[source] for source in step.sources]
-            plan = ops[step.name].plan(PlanContext(step.seed, options.offline), *parents)
-        planned.append((step, ops[step.name], plan))
-    return planned
-
-
-def run_recipe(
-    recipe: Recipe,
-    load_op: Callable[[str], Any],
-    open_input: Callable[[str], Checkpoint],
-    out: Path | None,
-    *,
-    options: RunOptions,
-    report: Report = silent,
-    notice: Callable[[Step, Plan], None] = lambda step, plan: None,
-) -> dict[str, RunResult]:
-    """Run every step; returns the results of the outputs by step name.
-
-    Outputs go to the recipe's paths, or to `out` (below it when there are several); a step that is no output is kept in
-    the cache under its key and found there again. `notice` sees the plan of each step that has work to do.
-    """
-    ops = build_steps(recipe, load_op)
-    outputs = dict(recipe.outputs) or {recipe.steps[-1].name: ""}
-    made: dict[str, Checkpoint] = {}
-    results: dict[str, RunResult] = {}
-    for step in recipe.steps:
-        op = ops[step.name]
-        parents = []
-        for source in step.sources:
-            if source not in made:
-                made[source] = open_input(recipe.inputs[source])
-            parents.append(made[source])
-        own = replace(options, seed=step.seed)
-        if step.name in outputs:
-            target = _target(outputs, step.name, out)
-        else:
-            key = plan_key(op, op.plan(PlanContext(own.seed, own.offline), *parents), parents, own)
-            target, own = cache_folder() / "nodes" / key[:2] / key, replace(own, overwrite=False)
-        result = run_op(op, parents, target, options=own, report=report, notice=partial(notice, step), reuse=True)
-        made[step.name] = open_checkpoint(result.path, name=step.name)
-        if step.name in outputs:
-            results[step.name] = result
-    return results
-
-
-def _target(outputs: Mapping[str, str], name: str, out: Path | None) -> Path | None:
-    if out is not None:
-        return out if len(outputs) == 1 else out / name
-    return Path(outputs[name]) if outputs[name] else None
-
-
-def _step(name: str, body: Any, seed: int, lines: Lines, path: Path) -> Step:
+def _step(name: str, body: Any, seed: int, lines: Lines, path: Path, words: Words) -> Step:
     line = lines.get(("steps", name), 1)
     if not isinstance(body, dict) or "op" not in body:
         raise fault(path, line, f"step '{name}' has no op", hint="write op: graft, or another operation")
@@ -213,9 +216,13 @@ def _step(name: str, body: Any, seed: int, lines: Lines, path: Path) -> Step:
         raise fault(path, lines.get(("steps", name, "op"), line), f"step '{name}': op is no name", hint="op: graft")
     if not all(isinstance(key, str) for key in params):
         raise fault(path, line, f"step '{name}': with has a key that is no name", hint="put quotes around it")
+    params = {key: words.filled(value, ("steps", name, "with", key)) for key, value in params.items()}
     at = {key: lines.get(("steps", name, "with", key), line) for key in params}
     own = _seed(body, seed, path, lines.get(("steps", name, "seed"), line))
-    return Step(name, body["op"], tuple(sources), params, own, line, at)
+    kept = body.get("cache", False)
+    if not isinstance(kept, bool):
+        raise fault(path, lines.get(("steps", name, "cache"), line), "cache must be true or false", hint="cache: true")
+    return Step(name, body["op"], tuple(sources), params, own, line, at, kept, path)
 
 
 def _seed(body: Mapping[str, Any], default: int, path: Path, line: int) -> int:

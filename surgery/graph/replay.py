@@ -5,19 +5,29 @@ called. Parents are looked for where they were, beside the output, in the cache 
 digest is the recorded one is taken.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, SurgeryError, UsageError, closest, printable
-from surgery.graph.lineage import record_digest
-from surgery.graph.op import Op, Plan, build_op, check_parents
-from surgery.graph.run import Report, RunOptions, RunResult, check_place, run_op, silent
+from surgery.graph.op import Op, Plan, PlanContext, build_op, check_parents
+from surgery.graph.planned import PlannedStep, planned_checkpoint
+from surgery.graph.run import (
+    Report,
+    RunOptions,
+    RunResult,
+    check_place,
+    plan_key,
+    run_op,
+    silent,
+)
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.digests import cache_folder
 from surgery.store.layout import LINEAGE_FILE
 from surgery.store.names import open_named
+from surgery.store.record import record_digest
 
 _LEVELS = 4  # folders above the output in which a relative name is tried: where the command may have been typed
 
@@ -82,10 +92,19 @@ def replay(
             hint=closest(unknown[0], known) if known else "it was made from nothing",
         )
     check_place(to, [checkpoint])
-    result, op = _rebuild(
-        record, to, checkpoint.root, load_op, options=options, report=report, notice=notice, reuse=False
-    )
-    return _compared(record, result, op)
+    with tempfile.TemporaryDirectory(prefix="surgery-replay-") as folder:
+        result, op = _rebuild(
+            record,
+            to,
+            checkpoint.root,
+            load_op,
+            options=options,
+            report=report,
+            notice=notice,
+            reuse=False,
+            folder=Path(folder),
+        )
+        return _compared(record, result, op)
 
 
 def _rebuild(
@@ -98,7 +117,23 @@ def _rebuild(
     report: Report,
     notice: Callable[[Plan], None],
     reuse: bool,
+    folder: Path,
 ) -> tuple[RunResult, Op]:
+    op, parents, run = _work(record, home, load_op, options=options, report=report, notice=notice, folder=folder)
+    return run_op(op, parents, to, options=run, report=report, notice=notice, reuse=reuse), op
+
+
+def _work(
+    record: Mapping[str, Any],
+    home: Path,
+    load_op: Callable[[str], Any],
+    *,
+    options: ReplayOptions,
+    report: Report,
+    notice: Callable[[Plan], None],
+    folder: Path,
+) -> tuple[Op, list[Checkpoint], RunOptions]:
+    """The operation, parents and circumstances of a record."""
     if len(record["steps"]) != 1:
         raise CheckpointError(
             "many-steps", "the record holds several steps without what was between them", hint="run its recipe again"
@@ -112,7 +147,8 @@ def _rebuild(
         hint = f"install surgery {record['environment'].get('surgery', 'of that time')}"
         raise CheckpointError("other-version", f"{printable(step['op'])}: {err.message} as then", hint=hint) from None
     parents = [
-        _find_parent(record, name, home, load_op, options=options, report=report, notice=notice) for name in names
+        _find_parent(record, name, home, load_op, options=options, report=report, notice=notice, folder=folder)
+        for name in names
     ]
     environment = record["environment"]
     run = replace(
@@ -122,7 +158,7 @@ def _rebuild(
         threads=options.threads or _count(environment.get("threads")) or 1,
         shard_size=_count(environment.get("shard_size")),
     )
-    return run_op(op, parents, to, options=run, report=report, notice=notice, reuse=reuse), op
+    return op, parents, run
 
 
 def _count(value: Any) -> int | None:
@@ -138,10 +174,21 @@ def _find_parent(
     options: ReplayOptions,
     report: Report,
     notice: Callable[[Plan], None],
+    folder: Path,
 ) -> Checkpoint:
-    """The parent with the recorded digest, from the first place that has it."""
+    """The parent with the recorded digest, from the first place that has it; one that was never written is planned
+    again, and its tensors are made on the way as they were then."""
     row = record["parents"][name]
     own = record["ancestors"].get(row["lineage"]) if row["lineage"] else None
+    if own is not None and row["digest"].startswith("derived:") and name not in options.parents:
+        inner = {**own, "ancestors": record["ancestors"], "environment": record["environment"]}
+        lone = replace(options, parents={}, run=replace(options.run, overwrite=False, resume=False))
+        op, parents, run = _work(inner, home, load_op, options=lone, report=report, notice=notice, folder=folder)
+        plan = op.plan(PlanContext(run.seed, run.offline), *parents)
+        key = plan_key(op, plan, parents, run)
+        made = PlannedStep(op, plan, tuple(parents), run.seed, key)
+        own_folder = folder / str(sum(1 for _ in folder.iterdir()))
+        return planned_checkpoint(str(row.get("source") or name), made, own_folder)
     offline = options.run.offline
     changed: list[str] = []
     if name in options.parents:
@@ -169,7 +216,9 @@ def _find_parent(
         target = cache_folder() / "nodes" / key[:2] / key
         # Other parents than those of the output itself were not named by the user.
         lone = replace(options, parents={}, run=replace(options.run, overwrite=False, resume=False))
-        result, op = _rebuild(inner, target, home, load_op, options=lone, report=report, notice=notice, reuse=True)
+        result, op = _rebuild(
+            inner, target, home, load_op, options=lone, report=report, notice=notice, reuse=True, folder=folder
+        )
         found = open_checkpoint(result.path, name=str(row.get("source") or name))
         if fault := _fault(found, row):
             reasons = "; ".join(_compared(own, result, op).reasons)

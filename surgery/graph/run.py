@@ -18,7 +18,7 @@ from surgery.errors import CheckpointError, OutputError, ResourceError, UsageErr
 from surgery.graph.engine.budget import memory_budget
 from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
 from surgery.graph.engine.local import Engine, run_jobs
-from surgery.graph.engine.work import Job, Resources, Source, Unit, uses_torch
+from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, tensor_keys, uses_torch
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
     Given,
@@ -33,7 +33,7 @@ from surgery.graph.op import (
 )
 from surgery.graph.planned import roots
 from surgery.graph.shards import Shard, index_json, plan_shards
-from surgery.store import digests
+from surgery.store import cache, digests
 from surgery.store.checkpoint import Checkpoint, TensorRef, read_chunks
 from surgery.store.layout import LINEAGE_FILE
 from surgery.store.record import read_record
@@ -66,13 +66,16 @@ class RunOptions:
 class RunResult:
     """Where the checkpoint lies, its lineage, and what was saved: `found` says that nothing had to be done, `reused`
     how many tensors an interrupted run had finished. `alone` are tensors larger than the memory allowed, made with
-    nothing beside them: (name, bytes)."""
+    nothing beside them: (name, bytes). `taken` counts tensors that earlier results had, `source` is the whole result
+    that this one is a copy of."""
 
     path: Path
     record: Mapping[str, Any]
     found: bool = False
     reused: int = 0
     alone: tuple[tuple[str, int], ...] = ()
+    taken: int = 0
+    source: Path | None = None
 
 
 def run_op(
@@ -85,16 +88,20 @@ def run_op(
     notice: Callable[[Plan], None] = lambda plan: None,
     reuse: bool = False,
     engine: Engine = run_jobs,
+    plan: Plan | None = None,
+    take: bool = False,
 ) -> RunResult:
     """Apply `op` to `parents` and publish the result at `out` (default: ./<source>-<operation>-<8 hex of the key>).
 
     With the default name, or with `reuse`, an earlier result of the same work is found and returned. Raises the errors
     of the plan before anything is written; afterwards the target is absent or whole. `notice` sees the plan first.
-    Parents may be steps that were planned and never written: their tensors are made on the way.
+    Parents may be steps that were planned and never written: their tensors are made on the way. `plan` is the
+    operation's own on these parents, if it was made before. With `take`, tensors that an earlier result has, made from
+    the same inputs in the same way, are taken from there.
     """
     options = options or RunOptions()
     check_device(options.device)
-    plan = op.plan(PlanContext(options.seed, options.offline), *parents)
+    plan = plan or op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
     if out is not None:
         check_place(out, roots(parents))  # before the parents are hashed, which can take long
@@ -113,6 +120,16 @@ def run_op(
     measured = measure(plan, options.seed, *parents) if measure is not None else {}
     shards, indexes = plan_shards(plan, key=key, shard_size=options.shard_size)
     sources = {e.full_name: source_of(e, op, parents, options.seed) for e in plan.entries}
+    known = _known_digests(roots(parents))
+    keys = tensor_keys(sources, known, options.device) if take else {}
+    pieces = cache.recall_tensors(keys.values()) if keys else {}
+    made_before = {n: p for n, k in keys.items() if (p := pieces.get(k))}
+    for name, piece in made_before.items():
+        source = sources[name]
+        assert isinstance(source, Made)
+        ref = TensorRef(name, source.task.dtype, source.task.shape, piece.file, piece.offset, piece.nbytes)
+        sources[name] = ref
+        known.setdefault(piece.file, {})[name] = piece.sha256
     before = _identities(roots(parents))
     with Workspace(out, key, resume=options.resume, overwrite=options.overwrite, link=options.link) as space:
         space.check_space(sum(space.need(s.file) for s in shards))
@@ -124,7 +141,7 @@ def run_op(
         done = {k: sha for k, sha in space.done.items() if k in planned} | _linked(space, shards, sources, parents)
         trained = _train(op, plan, parents, options, space, report)
         work = plan_jobs(shards, sources, str(space.folder / "out"), done)
-        hashes, alone = _write(work, shards, sources, parents, space, done, trained, options, report, engine)
+        hashes, alone = _write(work, shards, sources, known, parents, space, done, trained, options, report, engine)
         _check_unchanged(before)
         files = [_weight_row(space, shard) for shard in shards]
         files += _side_files(space, plan, indexes, shards, trained.files)
@@ -149,7 +166,23 @@ def run_op(
         space.publish()
     for shard in shards:
         digests.remember(str(out / shard.file.relative), {e.name: hashes[e.full_name] for e in shard.entries})
-    return RunResult(out, record, reused=len(done), alone=alone)
+    if keys:
+        _keep_tensors(out, shards, keys, hashes)
+    return RunResult(out, record, reused=len(done), alone=alone, taken=len(made_before))
+
+
+def _keep_tensors(out: Path, shards: list[Shard], keys: Mapping[str, str], hashes: Mapping[str, str]) -> None:
+    """Remember where computed tensors lie, for other work that would make the same."""
+    rows = {}
+    for shard in shards:
+        file = str((out / shard.file.relative).absolute())
+        identity = digests.identity(file)
+        for entry in shard.entries:
+            name = entry.full_name
+            if name in keys:
+                offset, count = shard.file.places[entry.name]
+                rows[keys[name]] = cache.Piece(file, identity, offset, count, hashes[name])
+    cache.keep_tensors(rows)
 
 
 def run_environment(options: RunOptions) -> dict[str, Any]:
@@ -277,6 +310,7 @@ def _write(
     work: Jobs,
     shards: list[Shard],
     sources: Mapping[str, Source | None],
+    known: Mapping[str, Mapping[str, str]],
     parents: list[Checkpoint],
     space: Workspace,
     done: Mapping[str, str],
@@ -287,7 +321,6 @@ def _write(
 ) -> tuple[dict[str, str], tuple[tuple[str, int], ...]]:
     """Move and make every tensor that is not journalled; returns sha256 by full name, and what was made alone."""
     total = sum(s.file.size for s in shards)
-    known = _known_digests(roots(parents))
     hashes = {e.full_name: done[k] for s in shards for e in s.entries if (k := f"{s.file.relative}\0{e.name}") in done}
     written = sum(e.nbytes for s in shards for e in s.entries if e.full_name in hashes)
 

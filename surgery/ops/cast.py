@@ -121,6 +121,10 @@ class Cast:
             )
         return value
 
+    def tensor_params(self, task: Compute) -> list[str]:
+        """What a cast tensor depends on beside its input: its dtype, which is part of it."""
+        return []
+
     def describe(self, plan: Plan) -> list[str]:
         """Lines of a dry run."""
         lines = [f"cast     {n:,} {source} -> {FLOATS[self.dtype]}" for source, n in plan.report["cast"].items()]

@@ -129,6 +129,16 @@ class Checkpoint:
                 found.update({prefix + ref.name: known[ref.name] for ref in refs})
         return found
 
+    def keep_digests(self, known: Mapping[str, str]) -> None:
+        """Remember digests by full name that are known to be those of the files as they are now."""
+        for part in self.parts.values():
+            prefix = f"{part.name}/" if part.name else ""
+            by_file: dict[str, dict[str, str]] = {}
+            for ref in part.tensors.values():
+                by_file.setdefault(ref.file, {})[ref.name] = known[prefix + ref.name]
+            for file, rows in by_file.items():
+                digests.remember(file, rows)
+
     @cached_property
     def digest(self) -> str:
         """Digest of the content: names, dtypes, shapes and bytes; the same for any sharding."""

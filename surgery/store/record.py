@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, printable
+from surgery.store import digests
 from surgery.store.layout import read_json, safe_relative
 
+_UNHASHED = ("record", "created", "environment", "measured")
 _FIELDS: Mapping[str, type] = {
     "record": str,
     "digest": str,
@@ -48,6 +50,14 @@ def read_record(path: Path) -> dict[str, Any]:
             hint="restore the file, or build the checkpoint again",
         )
     return document
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Digest of a record without itself, its time, its environment, and what the parents were called there."""
+    hashed = {k: v for k, v in record.items() if k not in _UNHASHED}
+    if isinstance(parents := hashed.get("parents"), Mapping):
+        hashed["parents"] = {n: {k: v for k, v in row.items() if k != "source"} for n, row in parents.items()}
+    return "sha256:" + digests.canonical_digest(hashed)
 
 
 def _fault(record: Any) -> str | None:

@@ -233,6 +233,19 @@ class Workspace:
         finally:
             os.close(reader)
 
+    def link_file(self, source: Path, relative: str) -> None:
+        """Share a file's bytes: an edit of one in place is an edit of both. Copied where the disk is another one."""
+        path = self._inside(relative)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            os.link(source, path)
+        except OSError as err:
+            if err.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise_os(err, self._shown)
+            self.copy_file(source, relative)
+        self._made.add(relative)
+
     def put_file(self, relative: str, data: bytes) -> None:
         """Write a side file from memory."""
         with self._new_file(relative) as fd:

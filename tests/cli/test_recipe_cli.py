@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from surgery.graph.recipe import build_steps, plan_recipe, read_recipe
+from surgery.graph.recipe import build_steps, read_recipe
 from surgery.graph.run import RunOptions
+from surgery.graph.schedule import prepared
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.names import open_named
@@ -35,6 +36,14 @@ outputs: {second: out/g}
 """
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for every test: what another one made must not be found."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SURGERY_CACHE", str(folder))
+    return folder
+
+
 def written(folder: Path, text: str, base: object = "dit-digits") -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text.replace("BASE", str(base)))
@@ -51,13 +60,10 @@ def test_a_shipped_recipe_reads_and_every_step_that_can_be_planned_plans(path: P
     recipe = read_recipe(path)
     ops = build_steps(recipe, load_op)
     assert [step.name for step in recipe.steps] == list(ops)
-    planned = plan_recipe(recipe, load_op, open_named, options=RunOptions())
-    assert any(plan is not None for _, _, plan in planned)
-    for step, op, plan in planned:
-        assert op.name == step.op
-        assert (plan is None) == any(source not in recipe.inputs for source in step.sources)
-        if plan is not None:
-            assert plan.entries
+    with prepared(recipe, load_op, open_named, None, options=RunOptions(), warn=pytest.fail) as (_, nodes):
+        assert list(nodes) == list(ops)
+        for name, node in nodes.items():
+            assert node.op == ops[name] and node.plan.entries
 
 
 def test_the_recipe_of_the_shipped_model_is_how_it_was_made() -> None:
@@ -109,11 +115,11 @@ def test_steps_run_in_order_and_only_outputs_are_left(command: Run, tiny_dit: Pa
 def test_a_second_run_finds_everything_done(command: Run, tiny_dit: Path, tmp_path: Path) -> None:
     path = written(tmp_path, GRAFT, tiny_dit)
     first = json.loads(command("run", path, "--json").stdout)["second"]
-    before = (tmp_path / "out/g/surgery.json").stat()
+    before = (tmp_path / "out/g/surgery.json").stat().st_mtime_ns
     again = command("run", path, "--json")
     second = json.loads(again.stdout)["second"]
     assert (first["found"], second["found"]) == (False, True) and first["digest"] == second["digest"]
-    assert (tmp_path / "out/g/surgery.json").stat() == before
+    assert (tmp_path / "out/g/surgery.json").stat().st_mtime_ns == before
     assert "warning" not in again.stderr
 
 
@@ -158,13 +164,14 @@ def test_a_dry_run_plans_what_it_can_and_writes_nothing(command: Run, tiny_dit: 
     ended = command("run", path, "--dry-run")
     assert ended.code == 0 and {p.name for p in tmp_path.iterdir()} == {"recipe.yaml"}
     assert "step 'first': graft from base" in ended.stdout and "hyena-x" in ended.stdout
-    assert "step 'second': graft from first\nplanned once" in ended.stdout
+    assert "step 'second': graft from first  ->  out/g\n  to be made  ('first' is made first)" in ended.stdout
     rows = json.loads(command("run", path, "--dry-run", "--json").stdout)["steps"]
-    assert [(r["name"], r["op"], r["from"]) for r in rows] == [
-        ("first", "graft", ["base"]),
-        ("second", "graft", ["first"]),
+    assert [(r["name"], r["op"], r["from"], r["state"]) for r in rows] == [
+        ("first", "graft", ["base"], "run"),
+        ("second", "graft", ["first"], "run"),
     ]
-    assert set(rows[0]["plan"]) == {"entries", "params", "flops", "bytes", "warnings"} and rows[1]["plan"] is None
+    assert all(set(r["plan"]) == {"entries", "params", "flops", "bytes", "warnings"} for r in rows)
+    assert command("plan", path).stdout == ended.stdout
 
 
 def test_an_input_can_come_through_a_pipe(surgery: Run, tiny_dit: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import CheckpointError, OutputError, UsageError
-from surgery.graph.lineage import _ranges, encode, record_digest, verify
+from surgery.graph.lineage import encode, ranges, record_digest, verify
 from surgery.graph.op import Param, PartNames, Plan, PlanContext, SideFile, Trained, TrainResult, build_op
 from surgery.graph.run import RunOptions, RunResult, find_result, run_op
 from surgery.ops.graft import Graft
@@ -94,7 +94,7 @@ def test_changes_say_how_each_group_came_to_be(child: Path) -> None:
 
 
 def test_ranges_of_blocks_are_short() -> None:
-    assert _ranges([3, 1, 8, 9, 10, 12, 12]) == "1,3,8-10,12"
+    assert ranges([3, 1, 8, 9, 10, 12, 12]) == "1,3,8-10,12"
 
 
 def test_config_edits_say_what_was_and_what_is(child: Path) -> None:

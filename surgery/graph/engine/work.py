@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import CheckpointError, ResourceError, SurgeryError, printable
 from surgery.graph.op import Compute, Op
 from surgery.store.checkpoint import TensorRef, read_chunks, read_tensor
+from surgery.store.digests import canonical_digest
 from surgery.store.reader import MemoryReader, Reader, open_range
 from surgery.store.writer import copy_range, write_at
 
@@ -328,6 +330,36 @@ def leaves(source: Source) -> Iterator[TensorRef]:
         return
     for inner in source.inputs if isinstance(source, Made) else [s for s, _, _ in source.pieces]:
         yield from leaves(inner)
+
+
+def tensor_keys(
+    sources: Mapping[str, Source | None], known: Mapping[str, Mapping[str, str]], device: str
+) -> dict[str, str]:
+    """The identity of every computed tensor whose operation says what it depends on (`op.tensor_params(task)`): equal
+    keys mean equal bytes, whatever else was edited. `known` are sha256 of tensors on disk by file and name."""
+    circumstances = [installed_version("torch"), device.split(":")[0]]
+    keys = {}
+    for name, source in sources.items():
+        if isinstance(source, Made) and (described := _described(source, known)) is not None:
+            keys[name] = canonical_digest([described, circumstances])
+    return keys
+
+
+def _described(source: Source, known: Mapping[str, Mapping[str, str]]) -> Any:
+    """A JSON value that says how a source's bytes come to be; None where nobody can say."""
+    if isinstance(source, TensorRef):
+        sha = known.get(source.file, {}).get(source.name)
+        return None if sha is None else [sha, source.dtype, source.shape]
+    if isinstance(source, Joined):
+        pieces = [[_described(s, known), start, stop] for s, start, stop in source.pieces]
+        return None if any(p[0] is None for p in pieces) else [pieces, source.dtype, source.shape]
+    tell = getattr(source.op, "tensor_params", None)
+    inputs = [_described(inner, known) for inner in source.inputs]
+    if tell is None or None in inputs:
+        return None
+    task, op = source.task, source.op
+    drawn = [source.seed, task.full_name] if task.random or task.streamed else []
+    return [op.name, op.version, tell(task), task.dtype, task.shape, drawn, inputs]
 
 
 def is_range(source: Source) -> bool:
