@@ -3,7 +3,6 @@
 Numbers are of this machine and this run. What cannot run here is named with its reason; nothing is estimated.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -435,23 +434,3 @@ def machine(device: str, dtype: torch.dtype) -> dict[str, Any]:
     except OSError:
         found["clocks"] = None
     return found
-
-
-def faster(
-    report: Report, what: str, backend: str, than: str, assignment: str = "balanced", direction: str = "forward"
-):
-    """Time of `than` over that of `backend`, or None when one of them was not measured."""
-
-    def ms(name: str) -> float:
-        rows = report.rows
-        return next(
-            (
-                r.ms
-                for r in rows
-                if (r.backend, r.what, r.assignment, r.direction) == (name, what, assignment, direction)
-            ),
-            math.nan,
-        )
-
-    ratio = ms(than) / ms(backend)
-    return None if math.isnan(ratio) else ratio

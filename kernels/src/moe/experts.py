@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -103,6 +104,7 @@ def backends() -> set[str]:
     return found
 
 
+@cache
 def _has_triton() -> bool:
     from importlib.util import find_spec
 

@@ -46,21 +46,26 @@ def grouped_mm(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
     in_order, pair = torch.sort(torch.where(valid, flat, number), stable=True)
     ends = torch.searchsorted(in_order, torch.arange(number, device=flat.device, dtype=flat.dtype), right=True)
     ends = ends.to(torch.int32)
-    # Rows past the last end are never written by the product: they are cut off by masks, forward and backward.
+    # Rows past the last end are never written by the product: they are cut off, both ways. A GPU is not asked
+    # whether there are any.
     known = (in_order < number)[:, None]
-    expert = in_order.clamp(max=number - 1)
+    all_known = not flat.is_cuda and not torch.compiler.is_compiling() and bool(valid.all())
+    expert = in_order if all_known else in_order.clamp(max=number - 1)
+
+    def cut(rows: torch.Tensor) -> torch.Tensor:
+        return rows if all_known else rows.masked_fill(~known, 0)
 
     def linear(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         matrix = matrix if experts.is_transposed else matrix.transpose(-2, -1)
-        out = functional.grouped_mm(rows, matrix, offs=ends).masked_fill(~known, 0)
+        out = cut(functional.grouped_mm(rows, matrix, offs=ends))
         return out if bias is None else out + bias[expert]
 
-    rows = hidden.to(dtype)[pair // k].masked_fill(~known, 0)
+    rows = cut(hidden.to(dtype)[pair // k])
     act = experts.gate(linear(rows, experts.gate_up_proj, experts.gate_up_bias))
-    y = linear(act.contiguous().masked_fill(~known, 0), experts.down_proj, experts.down_bias)
-    scale = torch.where(known.squeeze(1), weights.reshape(-1)[pair], 0).float()
+    y = linear(cut(act.contiguous()), experts.down_proj, experts.down_bias)
+    scale = cut(weights.reshape(-1)[pair, None].float())
     row_of_pair = torch.empty_like(pair).index_copy(0, pair, torch.arange(pair.numel(), device=pair.device))
-    weighted = (y.float() * scale[:, None])[row_of_pair]
+    weighted = (y.float() * scale)[row_of_pair]
     return weighted.view(tokens, k, -1).sum(1).to(hidden.dtype)
 
 

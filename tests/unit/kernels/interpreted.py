@@ -319,6 +319,30 @@ def check_decoding_skips_the_plan() -> None:
     assert made == [1], made
 
 
+def check_models_of_transformers() -> None:
+    """Whole layers through `surgery_triton`: output and gradients are those of the module's own forward."""
+    from transformers import GptOssConfig, Qwen3MoeConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    moe.register()
+    for kind, config in (
+        (Qwen3MoeExperts, Qwen3MoeConfig(hidden_size=20, moe_intermediate_size=12, num_experts=4)),
+        (GptOssExperts, GptOssConfig(hidden_size=20, intermediate_size=12, num_local_experts=4)),
+    ):
+        module = kind(config)
+        for p in module.parameters():
+            p.data = draw(*p.shape)
+        found = []
+        for name in ("eager", "surgery_triton"):
+            config._experts_implementation = name
+            x, w = draw(34, 20).requires_grad_(), torch.full((34, 2), 0.5, requires_grad=True)
+            out = module(x, choice(34, 2, 4), w)
+            found.append([out, *torch.autograd.grad(out.sum(), (x, w, *module.parameters()))])
+        for at, (wanted, got) in enumerate(zip(*found, strict=True)):
+            close(got, wanted, 8e-5, f"{kind.__name__} {at}")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)

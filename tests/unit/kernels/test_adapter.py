@@ -123,3 +123,12 @@ def test_importing_the_kernels_imports_neither_triton_nor_transformers() -> None
         for module in ("surgery.kernels.moe", "torch")
     ]  # fmt: skip
     assert found[0] == found[1] and "transformers" not in found[0]
+
+
+def test_registering_models_registers_the_kernels() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    import surgery.hf
+
+    surgery.hf.register()
+    assert ALL_EXPERTS_FUNCTIONS["surgery_triton"] is adapter.experts_forward
