@@ -1,11 +1,11 @@
 """The files beside a merged model's weights: the host's, with the chat template that was asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from surgery.arch.carried import side_files
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.documents import read_text
 from surgery.graph.op import SideFile
 from surgery.store.checkpoint import Checkpoint
@@ -44,3 +44,25 @@ def template_of(checkpoint: Checkpoint) -> str | None:
 
 def _template_file(path: str) -> str:
     return read_text(Path(path))
+
+
+def named_template(name: str, models: Sequence[Checkpoint]) -> str | None:
+    """The chat template that a mergekit document asks for: `auto` is the one that most of the models have, a name is
+    one of mergekit's own, anything with a brace is the template itself."""
+    if name == "auto":
+        found = [text.strip() for m in models if (text := template_of(m)) is not None]
+        return max(found, key=found.count) if found else None
+    if "{" in name:
+        return name
+    from importlib.util import find_spec
+
+    package = find_spec("mergekit")
+    folders = package.submodule_search_locations if package is not None else None
+    paths = [Path(folder) / "_data" / "chat_templates" for folder in folders or ()]
+    for path in paths:
+        if (path / f"{name}.jinja").is_file() and "/" not in name:
+            return (path / f"{name}.jinja").read_text("utf-8")
+    known = sorted(f.stem for path in paths if path.is_dir() for f in path.glob("*.jinja"))
+    raise UsageError(
+        "chat-template", f"chat_template: {printable(name)}: unknown", hint=closest(name, ["auto", *known])
+    )

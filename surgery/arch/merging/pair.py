@@ -57,21 +57,25 @@ class Request:
 @dataclass(frozen=True)
 class Task:
     """How one tensor is made: a formula in pieces, or a kernel on whole tensors. `rows` says for each row of a
-    vocabulary which row of the other inputs answers to it, -1 for one that stays the host's."""
+    vocabulary which row of the other inputs answers to it, -1 for one that stays the host's. `deltas` are adapters
+    (index of the input, index of the first of its two factors among the refs, scale, whether weights are transposed).
+    `vocabulary` is a merged tokenizer and the keys of the inputs that it aligns."""
 
     canonical: str
     formula: Formula | None = None
     kernel: Kernel | None = None
     rows: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    deltas: tuple[tuple[int, int, float, bool], ...] = ()
+    vocabulary: tuple[Any, tuple[Any, ...]] | None = field(default=None, repr=False)
 
 
 def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Checkpoint | None) -> Plan:
     """The plan of a merge. Raises `UsageError` and `CheckpointError` before anything is written."""
     for checkpoint in (host, donor, *((base,) if base else ())):
-        _plain_model(checkpoint)
+        plain_model(checkpoint)
     method = _Method(request, host, donor, base)
     shares = parse_alpha(request.alpha)
-    check_shares(shares, force=request.force)
+    check_shares(shares, force=request.force or request.method not in ("linear", "slerp", "swap"))
     mapped = _map(request, host, donor)
     base_map = _map(request, host, base) if base is not None else None
     layers = parse_spans("all" if request.layers is None else request.layers, mapped.host_count)
@@ -422,7 +426,8 @@ def _base_hint(host: Checkpoint, donor: Checkpoint) -> str:
     return "linear, slerp and swap need none"
 
 
-def _plain_model(checkpoint: Checkpoint) -> None:
+def plain_model(checkpoint: Checkpoint) -> None:
+    """Raise `UsageError` for a pipeline."""
     if len(checkpoint.parts) != 1:
         raise UsageError(
             "part", f"{checkpoint.name}: a pipeline; merging is between models", hint="name a part: NAME:PART"

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from surgery.arch.merging.formulas import elements, stream
+from surgery.arch.merging.arithmetic import SIZES
+from surgery.arch.merging.formulas import Formula, elements, stream
 from surgery.arch.merging.measure import LITTLE, Sums, measure_tensor
 from surgery.arch.merging.pair import Task
 from surgery.arch.merging.selection import layer_of
@@ -19,13 +20,13 @@ def stream_task(task: Compute, readers: Sequence[Reader], seed: int) -> Iterator
     """The bytes of a tensor that a formula makes. Rows of a vocabulary that have no counterpart are the host's own."""
     how: Task = task.how
     assert how.formula is not None
+    if how.deltas:
+        readers = _adapted(how, readers)
     if not how.rows:
         yield from stream(how.formula, readers, task.dtype, task.full_name, seed)
         return
     mapped = [_Rows(reader, readers[0], rows) for reader, rows in zip(readers[1:], how.rows, strict=False)]
     plain = stream(how.formula, [readers[0], *mapped], task.dtype, task.full_name, seed)
-    from surgery.arch.merging.formulas import Formula
-
     kept = stream(Formula("linear", (1.0,)), readers[:1], task.dtype, task.full_name, seed)
     width = task.nbytes // task.shape[0]
     at = 0
@@ -39,6 +40,16 @@ def stream_task(task: Compute, readers: Sequence[Reader], seed: int) -> Iterator
         yield piece
 
 
+def _adapted(how: Task, readers: Sequence[Reader]) -> list[Reader]:
+    """The inputs with their adapters applied; the factors themselves are left out."""
+    from surgery.arch.merging.adapters import AdaptedReader
+
+    inputs = list(readers[: how.deltas[0][1]])
+    for index, at, scale, transposed in how.deltas:
+        inputs[index] = AdaptedReader(inputs[index], readers[at], readers[at + 1], scale, transposed=transposed)
+    return inputs
+
+
 class _Rows:
     """Another model's rows in the host's order; where there is none, the host's row stands in."""
 
@@ -46,8 +57,6 @@ class _Rows:
         self.name, self.dtype, self.shape = reader.name, reader.dtype, host.shape
         self._reader, self._rows = reader, rows
         count = elements(reader.shape)
-        from surgery.arch.merging.arithmetic import SIZES
-
         self._width = count // reader.shape[0] * SIZES[reader.dtype] if count else 0
 
     def into(self, view: memoryview, start: int) -> None:
@@ -78,6 +87,16 @@ def run_task(task: Compute, tensors: "list[Any]", generator: Any) -> Any:
     seed = generator.initial_seed() if generator is not None else 0
     out = torch_dtype(task.dtype)
     assert out is not None
+    if how.deltas:
+        from surgery.arch.merging.adapters import applied
+
+        inputs = list(tensors[: how.deltas[0][1]])
+        for index, at, scale, transposed in how.deltas:
+            inputs[index] = applied(inputs[index], tensors[at], tensors[at + 1], scale, transposed=transposed)
+        tensors = inputs
+    if how.vocabulary is not None:
+        vocabulary, keys = how.vocabulary
+        tensors = vocabulary.aligned(tensors, keys)
     return merge(how.kernel, tensors, out_dtype=out, seed=seed, name=task.full_name)
 
 
@@ -88,7 +107,7 @@ def measure_plan(op: Op, plan: Plan, seed: int, parents: Sequence[Checkpoint]) -
     sums: dict[int | str, Sums] = {}
     for entry in plan.entries:
         how = entry.how if isinstance(entry, Compute) else None
-        if not isinstance(how, Task) or how.formula is None or len(entry.inputs) < 2 or how.rows:  # type: ignore[attr-defined]
+        if not isinstance(how, Task) or how.formula is None or len(entry.inputs) < 2 or how.rows or how.deltas:  # type: ignore[attr-defined]
             continue
         layer = layer_of(how.canonical)
         with ExitStack() as opened:

@@ -1,0 +1,164 @@
+"""What merging costs: CPU seconds and memory of whole processes, against `cp` and `mergekit-yaml` in the same run.
+
+Two models of 1.3 GB in bfloat16 are written (random bits, no model is run), merged linearly and by TIES by both
+programs, and the values compared. Digests of the inputs are known, as after any first use; the digest of the output is
+part of the work. Usage: merge.py [--json] [--size MB] [--skip-ties] [--folder DIR]
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from measure import SURGERY, Cost, finish, median, row, run
+
+LAYERS, HIDDEN, INNER, VOCAB = 24, 2048, 5632, 32000
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": VOCAB, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16",
+    "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for n in range(layers):
+        at = f"model.layers.{n}"
+        found |= {f"{at}.self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
+        found |= {f"{at}.mlp.{p}_proj.weight": (INNER, HIDDEN) for p in ("gate", "up")}
+        found[f"{at}.mlp.down_proj.weight"] = (HIDDEN, INNER)
+        found |= {f"{at}.{p}_layernorm.weight": (HIDDEN,) for p in ("input", "post_attention")}
+    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def write_models(root: Path, layers: int, names: Sequence[str]) -> None:
+    """Models that come from one: each is the first plus a tenth of noise, tensor by tensor."""
+    import numpy as np
+
+    from surgery.store.header import plan_header
+
+    header, places = plan_header(((n, "BF16", s) for n, s in shapes(layers).items()), metadata={"format": "pt"})
+    handles = []
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}, indent=2))
+        handles.append(open(root / name / "model.safetensors", "wb"))  # noqa: SIM115
+        handles[-1].write(header)
+    generator = np.random.default_rng(0)
+    for name in places:
+        count = places[name][1] // 2
+        base = generator.standard_normal(count, np.float32) * np.float32(0.02)
+        for index, handle in enumerate(handles):
+            other = base if not index else base + generator.standard_normal(count, np.float32) * np.float32(0.002)
+            handle.write((other.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    for handle in handles:
+        handle.close()
+
+
+def resident(command: Sequence[str]) -> int:
+    """Peak resident bytes of one run, mapped files included, from the kernel."""
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024
+
+
+def largest_ulps(one: Path, two: Path, scales: Sequence[Path]) -> float:
+    """The largest distance between two files of bfloat16 with the same tensors, in steps of the format.
+
+    A step is that of the largest of the values that went in: where they cancel, last digits of float32 remain, and
+    these are not the same with and without fused multiply-add.
+    """
+    import torch
+    from safetensors import safe_open
+
+    most = 0.0
+    with safe_open(one, "pt") as a, safe_open(two, "pt") as b:
+        inputs = [safe_open(path, "pt") for path in scales]
+        for name in a.keys():  # noqa: SIM118
+            x, y = (t.get_tensor(name).float() for t in (a, b))
+            large = torch.stack([t.get_tensor(name).float().abs() for t in inputs]).amax(0).maximum(x.abs())
+            step = torch.exp2(torch.floor(torch.log2(large.clamp_min(1e-30))) - 7)
+            most = max(most, float(((x - y).abs() / step).max()))
+    return most
+
+
+def once(command: Sequence[str], out: Path) -> Cost:
+    shutil.rmtree(out, ignore_errors=True)
+    cost = run(command)
+    if cost.status:
+        raise SystemExit(f"failed: {' '.join(map(str, command))}")
+    return cost
+
+
+def best(command: Sequence[str], out: Path, runs: int) -> Cost:
+    """The run with the median CPU time; the output is removed before each."""
+    costs = sorted((once(command, out) for _ in range(runs)), key=lambda c: c.cpu)
+    return costs[len(costs) // 2]
+
+
+def main() -> None:
+    size = int(sys.argv[sys.argv.index("--size") + 1]) if "--size" in sys.argv else 1300
+    layers = max(2, round((size * 1e6 / 2 - 2 * VOCAB * HIDDEN) / (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)))
+    folder = sys.argv[sys.argv.index("--folder") + 1] if "--folder" in sys.argv else None
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        root = Path(temporary)
+        write_models(root, layers, ("base", "a", "b"))
+        finish("merge", measured(root))
+
+
+def measured(root: Path) -> list[dict[str, object]]:
+    out, theirs = root / "out", root / "theirs"
+    a, b, base = (str(root / n) for n in ("a", "b", "base"))
+    everything = ["--include", "embed", "--include", "head", "--alpha", "0.7", "-q"]
+    linear = [*SURGERY, "merge", a, b, *everything, "-o", str(out)]
+    (root / "linear.yml").write_text(
+        f"merge_method: linear\nmodels:\n- {{model: {a}, parameters: {{weight: 0.7}}}}\n"
+        f"- {{model: {b}, parameters: {{weight: 0.3}}}}\ndtype: bfloat16\n"
+    )
+    mergekit = str(Path(sys.executable).parent / "mergekit-yaml")
+    once([*linear, "--workers", "1"], out)  # the digests of the inputs are known from here on
+    copied = best(["cp", f"{a}/model.safetensors", str(root / "copy")], root / "none", 5)
+    start = median([sys.executable, "-c", "import numpy, surgery.cli.merge, surgery.arch.merging.tasks"], runs=3)
+    ours = best([*linear, "--workers", "1"], out, 5)
+    two = best([*linear, "--workers", "2"], out, 3)
+    memory = resident([*linear, "--workers", "1", "--overwrite"])
+    dry = median([*SURGERY, "merge", a, b, *everything, "--dry-run"], runs=5)
+    other = best([mergekit, str(root / "linear.yml"), str(theirs), "--quiet"], theirs, 1)
+    files = [root / n / "model.safetensors" for n in ("out", "theirs", "a", "b")]
+    ulps = largest_ulps(files[0], files[1], files[2:])
+    rows = [
+        row("linear without imports, in copies by cp", (ours.cpu - start.cpu) / copied.cpu, "x", 4,
+            f"{ours.cpu:.2f} CPU s, {start.cpu:.2f} of it imports; cp {copied.cpu:.2f}"),
+        row("resident memory of linear", memory / 1e6, "MB", 300, "one worker"),
+        row("linear as a share of mergekit-yaml", ours.cpu / other.cpu, "x", 0.2, f"mergekit {other.cpu:.1f} CPU s"),
+        row("largest distance from mergekit's values", ulps, "ulp", 1),
+        row("merge --dry-run", dry.cpu, "CPU s", 0.5),
+        row("wall time of two workers as a share of one", two.wall / ours.wall, "x", 1 / 1.6,
+            f"{ours.wall:.2f} s and {two.wall:.2f} s; other work on the machine counts against it"),
+    ]  # fmt: skip
+    if "--skip-ties" not in sys.argv:
+        ties = [*SURGERY, "merge", a, b, "--base", base, "-m", "ties", "--alpha2", "0.3", *everything, "-o", str(out)]
+        (root / "ties.yml").write_text(
+            f"merge_method: ties\nbase_model: {base}\nmodels:\n"
+            f"- {{model: {a}, parameters: {{weight: 0.7, density: 0.2}}}}\n"
+            f"- {{model: {b}, parameters: {{weight: 0.3, density: 0.2}}}}\ndtype: float32\nout_dtype: bfloat16\n"
+        )
+        once([*ties, "--workers", "1"], out)
+        trimmed = best([*ties, "--workers", "1"], out, 1)
+        slow = best([mergekit, str(root / "ties.yml"), str(theirs), "--quiet"], theirs, 1)
+        rows.append(row("TIES as a share of mergekit-yaml", trimmed.cpu / slow.cpu, "x", 0.25,
+                        f"{trimmed.cpu:.1f} and {slow.cpu:.1f} CPU s"))  # fmt: skip
+        rows.append(row("resident memory of TIES", resident([*ties, "--workers", "1", "--overwrite"]) / 1e6, "MB", 400))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

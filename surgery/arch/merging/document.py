@@ -1,0 +1,458 @@
+"""Plan a mergekit document: any number of models, slices, gradients, filters, tokenizer options.
+
+Plain models of one layout are merged name by name. Where one of them is a vision-language model and the others are
+text models, or the block `surgery:` names a host, the others are merged into that host's tower. Linear, slerp and
+passthrough are made in pieces; every other method by mergekit's own kernel, bit for bit.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from surgery.arch.blocks import BlockList, edit_depth
+from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, with_dtype
+from surgery.arch.language.families import family_of
+from surgery.arch.language.towers import EMBED, HEAD, Tower, language_tower, shapes_of
+from surgery.arch.merging.adapters import Adapter, open_adapter
+from surgery.arch.merging.card import card
+from surgery.arch.merging.files import files_of, named_template
+from surgery.arch.merging.formulas import Formula
+from surgery.arch.merging.kernels import Kernel, is_random, needs_base, spec_of
+from surgery.arch.merging.pair import SCRATCH, Task, plain_model
+from surgery.arch.merging.settings import Document, Slice, Source, find
+from surgery.arch.merging.vocabularies import Vocabulary, merged_vocabulary
+from surgery.errors import CheckpointError, UsageError, printable
+from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
+from surgery.graph.planned import Planned
+from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.header import nbytes_of
+
+_STREAMED = ("linear", "slerp", "passthrough")
+_WIDTH = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of precision
+_EXACT = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}  # nothing is rounded
+Key = tuple[int, int | None]
+
+
+class Row(NamedTuple):
+    """One output tensor: its name, its place in a gradient, the slice it belongs to, and each input's tensor by key."""
+
+    name: str
+    canonical: str
+    t: float
+    part: Slice
+    inputs: Mapping[Key, TensorRef]
+
+
+def plan_document(text: str, parents: Sequence[Checkpoint], *, engine: str = "auto") -> Plan:
+    """The plan of a document whose models are numbers into `parents`."""
+    for parent in parents:
+        plain_model(parent)
+    document = read_document(text, parents)
+    adapters = {key: open_adapter(parents[key[1]], parents[key[0]]) for key in document.inputs() if key[1] is not None}
+    host = _host(document, parents)
+    if host is not None:
+        from surgery.arch.merging.tower_document import tower_rows
+
+        first, rows, kept = tower_rows(document, parents, host)
+    else:
+        first = document.base or document.slices[0].sources[0].key
+        rows, kept = _plain_rows(document, parents, first), []
+    vocabulary = merged_vocabulary(document, parents) if document.tokenizer is not None else None
+    maker = _Maker(document, parents, adapters, vocabulary, engine)
+    entries = [*maker.entries(rows, first), *kept]
+    return _finished(document, parents, first, entries, vocabulary, mirrored=not document.sliced)
+
+
+def read_document(text: str, parents: Sequence[Checkpoint]) -> Document:
+    """The document with every form turned into slices. Raises `UsageError` for what does not fit the models."""
+    try:
+        given = json.loads(text)
+        method = given["merge_method"]
+    except (ValueError, TypeError, KeyError):
+        raise UsageError("config", "config: not a mergekit document", hint="surgery merge --config FILE") from None
+    base = _key(given["base_model"]) if "base_model" in given else None
+    module: Mapping[str, Any] = given
+    if "modules" in given:
+        if len(given["modules"]) != 1:
+            raise UsageError(
+                "modules",
+                f"the document has {len(given['modules'])} modules; one language model has one",
+                hint="a vision-language model and text models are merged by models: or HOST DONOR",
+            )
+        (module,) = given["modules"].values()
+    inner = module.get("parameters") if module is not given else None
+    if module.get("slices"):
+        slices = tuple(
+            Slice(
+                tuple(_source(s) for s in part["sources"]),
+                _key(part["base_model"]) if "base_model" in part else base,
+                part.get("parameters"),
+            )
+            for part in module["slices"]
+        )
+    else:
+        sources = [Source(*_key(m["model"]), 0, -1, m.get("parameters")) for m in module.get("models", [])]
+        if base is not None and base not in [s.key for s in sources]:
+            sources.append(Source(*base, 0, -1))
+        slices = (Slice(tuple(sources), base),)
+    tokenizer = given.get("tokenizer")
+    if given.get("tokenizer_source") is not None:
+        tokenizer = {"source": given["tokenizer_source"]}
+    return Document(
+        method,
+        slices,
+        base,
+        inner,
+        given.get("parameters"),
+        given.get("dtype"),
+        given.get("out_dtype"),
+        tokenizer,
+        given.get("chat_template"),
+        bool(module.get("slices")),
+        given.get("surgery", {}),
+    )
+
+
+def _key(model: Any) -> Key:
+    return (model[0], model[1]) if isinstance(model, list) else (model, None)
+
+
+def _source(given: Mapping[str, Any]) -> Source:
+    first, last = given["layer_range"]
+    return Source(*_key(given["model"]), first, last, given.get("parameters"))
+
+
+def _host(document: Document, parents: Sequence[Checkpoint]) -> int | None:
+    """The model whose tower the others are merged into, where they are not all of one layout."""
+    if "host" in document.ours:
+        return _key(document.ours["host"])[0]
+    models = list(dict.fromkeys(k[0] for k in document.inputs()))
+    families = {m: family_of(parents[m].part().config) for m in models}
+    seeing = [m for m in models if families[m] is not None]
+    if seeing and len(seeing) < len(models):
+        if len(seeing) > 1:
+            raise UsageError(
+                "host", "several of the models are vision-language models", hint="surgery: {host: MODEL} names the host"
+            )
+        return seeing[0]
+    return None
+
+
+def _plain_rows(document: Document, parents: Sequence[Checkpoint], first: Key) -> list[Row]:
+    """The output's tensors where all models have one layout; layers are numbered anew through the slices."""
+    models = {k[0] for k in document.inputs()}
+    shapes = {m: shapes_of(parents[m].tensors) for m in models}
+    towers = {m: language_tower(shapes[m], where=parents[m].name) for m in models}
+    prefix = towers[first[0]].prefix
+    rows: list[Row] = []
+    inside = {n for layer in towers[first[0]].layers.values() for n in layer.values()}
+    for name in parents[first[0]].tensors:
+        if name not in inside:
+            # What stands before the layers belongs to the first slice, what comes after them to the last.
+            part = document.slices[0 if name.endswith(EMBED) else -1]
+            inputs = {s.key: _outside(parents[s.model], name, towers[s.model]) for s in part.sources}
+            rows.append(Row(name, name.removeprefix(prefix), 0.0, part, _complete(inputs, parents, name)))
+    number = 0
+    for part in document.slices:
+        spans = [(s, _range(s, towers[s.model], parents[s.model])) for s in part.sources]
+        lengths = {len(span) for _, span in spans}
+        if len(lengths) != 1:
+            depths = ", ".join(f"{parents[s.model].name} {len(span)}" for s, span in spans)
+            raise CheckpointError(
+                "incompatible", f"the models differ in their number of layers: {depths}", hint="name slices: of both"
+            )
+        for index in range(lengths.pop()):
+            t = index / (len(spans[0][1]) - 1) if len(spans[0][1]) > 1 else 1.0
+            layers = {s.key: towers[s.model].layers[span[index]] for s, span in spans}
+            for suffix in layers[part.sources[0].key]:
+                name = f"{prefix}layers.{number}.{suffix}"
+                inputs = {
+                    k: parents[k[0]].tensors[layer[suffix]] if suffix in layer else None for k, layer in layers.items()
+                }
+                rows.append(Row(name, f"layers.{number}.{suffix}", t, part, _complete(inputs, parents, name)))
+            number += 1
+    return rows
+
+
+def _range(source: Source, tower: Tower, model: Checkpoint) -> range:
+    if source.last == -1:
+        return range(tower.count)
+    if source.last > tower.count:
+        raise UsageError(
+            "layer-range",
+            f"layer_range [{source.first}, {source.last}]: {model.name} has {tower.count} layers",
+            hint=f"the last one is [{tower.count - 1}, {tower.count}]",
+        )
+    return range(source.first, source.last)
+
+
+def _outside(model: Checkpoint, name: str, tower: Tower) -> TensorRef | None:
+    if name in model.tensors:
+        return model.tensors[name]
+    return model.tensors[tower.names[EMBED]] if name.endswith(HEAD) else None  # tied: the embedding is the head
+
+
+def _complete(inputs: Mapping[Key, TensorRef | None], parents: Sequence[Checkpoint], name: str) -> dict[Key, TensorRef]:
+    for key, ref in inputs.items():
+        if ref is None:
+            raise CheckpointError(
+                "incompatible",
+                f"{parents[key[0]].name} has no counterpart of '{printable(name)}'",
+                hint="the models must be of one architecture",
+            )
+    return {k: r for k, r in inputs.items() if r is not None}
+
+
+class _Maker:
+    """Turns rows into entries."""
+
+    def __init__(
+        self,
+        document: Document,
+        parents: Sequence[Checkpoint],
+        adapters: Mapping[Key, Adapter],
+        vocabulary: Vocabulary | None,
+        engine: str,
+    ) -> None:
+        self.document, self.parents, self.adapters = document, parents, adapters
+        self.vocabulary = vocabulary
+        self.streams = engine != "kernels" and document.method in _STREAMED
+        if engine == "stream" and not self.streams:
+            raise UsageError(
+                "engine", f"{document.method} of a document is made by mergekit's kernel", hint="leave --engine out"
+            )
+        # Importing the declaration costs what torch costs: not for the methods whose parameters are known here.
+        self.spec = None if document.method in _STREAMED and self.streams else spec_of(document.method)
+
+    def entries(self, rows: Sequence[Row], first: Key) -> Iterator[Entry]:
+        """An entry for every row."""
+        for row in rows:
+            yield self._entry(row, first)
+
+    def _entry(self, row: Row, first: Key) -> Entry:
+        own = row.inputs.get(first) or next(iter(row.inputs.values()))
+        dtypes = [ref.dtype for ref in row.inputs.values()]
+        if any(d not in _WIDTH for d in dtypes):
+            return Keep(name=row.name, dtype=own.dtype, shape=own.shape, ref=own, parent=self._parent(row, own))
+        vocabulary = self.vocabulary if self.vocabulary and row.canonical in (EMBED, HEAD) else None
+        if vocabulary is None and len({ref.shape for ref in row.inputs.values()}) != 1:
+            shown = ", ".join(f"{self.parents[k[0]].name} {list(r.shape)}" for k, r in row.inputs.items())
+            hint = (
+                "tokenizer: {source: base} aligns vocabularies"
+                if row.canonical in (EMBED, HEAD)
+                else "the models must be of one size"
+            )
+            raise CheckpointError("incompatible", f"'{printable(row.name)}': {shown}", hint=hint)
+        work = FLOATS[self.document.dtype] if self.document.dtype else _promoted(dtypes)
+        out = FLOATS[self.document.out_dtype] if self.document.out_dtype else work
+        touched = any(k in self.adapters and self.adapters[k].touches(r.name) for k, r in row.inputs.items())
+        exact = all(d == work or (d, work) in _EXACT for d in dtypes) and (out == work or (out, work) in _EXACT)
+        if self.streams and exact and vocabulary is None:
+            formula, keys = self._formula(row)
+            if formula.weights == (1.0,) and not touched and dtypes[0] == out:
+                ref = row.inputs[keys[0]]
+                return Keep(name=row.name, dtype=out, shape=ref.shape, ref=ref, parent=keys[0][0])
+            return self._compute(row, keys, out, Task(row.canonical, formula), streamed=True)
+        keys = list(row.inputs)
+        return self._compute(row, keys, out, self._kernel(row, keys, work), streamed=False, vocabulary=vocabulary)
+
+    def _parent(self, row: Row, ref: TensorRef) -> int:
+        return next(k[0] for k, r in row.inputs.items() if r is ref)
+
+    def _compute(
+        self,
+        row: Row,
+        keys: Sequence[Key],
+        out: str,
+        task: Task,
+        *,
+        streamed: bool,
+        vocabulary: Vocabulary | None = None,
+    ) -> Compute:
+        from dataclasses import replace
+
+        refs = [row.inputs[k] for k in keys]
+        sources = [k[0] for k in keys]
+        shape = refs[0].shape
+        deltas = []
+        for index, key in enumerate(keys):
+            adapter = self.adapters.get(key)
+            if adapter is not None and adapter.touches(refs[index].name):
+                assert key[1] is not None
+                a, b = adapter.factors(refs[index].name)
+                deltas.append((index, len(refs), adapter.scale_of(refs[index].name), adapter.transposed))
+                refs += [a, b]
+                sources += [key[1], key[1]]
+        if vocabulary is not None:
+            shape = (vocabulary.rows, *shape[1:])
+            task = replace(task, vocabulary=(vocabulary, tuple(keys)))
+        if deltas:
+            task = replace(task, deltas=tuple(deltas))
+        held = sum(nbytes_of("F32", r.shape) for r in refs) + 3 * nbytes_of("F32", shape)
+        return Compute(
+            name=row.name, dtype=out, shape=shape, how=task, refs=tuple(refs), sources=tuple(sources),
+            streamed=streamed, scratch=SCRATCH if streamed else held,
+            random=not streamed and is_random(self.document.method),
+        )  # fmt: skip
+
+    def _formula(self, row: Row) -> tuple[Formula, list[Key]]:
+        method, part = self.document.method, row.part
+        keys = [s.key for s in part.sources]
+        if method == "linear":
+            weights = [self._own("weight", row, k, _number, required=True) for k in keys]
+            normalize = self._shared("normalize", row, _flag)
+            total = sum(weights)
+            if normalize is not False and not total:
+                raise UsageError(
+                    "weight", f"linear: the weights of '{printable(row.name)}' sum to zero", hint="normalize: false"
+                )
+            return Formula("linear", tuple(weights), normalize=normalize is not False), keys
+        if method == "slerp":
+            if len(keys) != 2 or part.base not in keys:
+                raise UsageError(
+                    "models", "slerp takes exactly two models, one of them the base_model", hint="base_model: MODEL"
+                )
+            t = self._shared("t", row, _number, required=True)
+            ordered = [part.base, *(k for k in keys if k != part.base)]
+            return Formula("slerp", (1 - t, t)), [k for k in ordered if k is not None]
+        if len(keys) != 1:
+            raise UsageError("models", "passthrough takes one model a slice", hint="linear blends several")
+        scale = self._own("scale", row, keys[0], _number)
+        return Formula("linear", (1.0 if scale is None else scale,), normalize=False), keys
+
+    def _kernel(self, row: Row, keys: Sequence[Key], work: str) -> Task:
+        spec = self.spec or spec_of(self.document.method)
+        base = row.part.base
+        if base is None and needs_base(spec):
+            raise UsageError("base", f"{spec.name} needs a base_model", hint="base_model: MODEL")
+        others = [k for k in keys if k != base]
+        shared: list[tuple[str, Any]] = []
+        per_input: list[tuple[str, tuple[Any, ...]]] = []
+        for parameter in spec.parameters:
+            scope = str(parameter.scope.value)
+            where = keys if scope == "input" else others
+            if scope == "shared":
+                value = self._shared(parameter.name, row, parameter.validate, required=parameter.required)
+                if value is not None:
+                    shared.append((parameter.name, value))
+                continue
+            values = [self._own(parameter.name, row, k, parameter.validate, required=parameter.required) for k in where]
+            if any(v is not None for v in values):
+                filled = [parameter.default if v is None else v for v in values]
+                per_input.append((parameter.name, tuple(filled)))
+        position = list(keys).index(base) if base is not None and base in keys else None
+        names = {v: k for k, v in FLOATS.items()}
+        return Task(row.canonical, kernel=Kernel(spec.name, tuple(shared), tuple(per_input), position, names[work]))
+
+    def _own(self, name: str, row: Row, key: Key, validate: Any, *, required: bool = False) -> Any:
+        return self._found(name, row, key, row.inputs[key].name, validate, required)
+
+    def _shared(self, name: str, row: Row, validate: Any, *, required: bool = False) -> Any:
+        return self._found(name, row, None, row.name, validate, required)
+
+    def _found(self, name: str, row: Row, key: Key | None, tensor: str, validate: Any, required: bool) -> Any:
+        try:
+            value = find(name, self.document.scopes(row.part, key), tensor, row.t, validate)
+        except (ValueError, TypeError):
+            raise UsageError(
+                "parameter",
+                f"{self.document.method}: {name} of '{printable(tensor)}' has a wrong type",
+                hint="see its value",
+            ) from None
+        if value is None and required:
+            whose = f" of {self.parents[key[0]].name}" if key is not None else ""
+            raise UsageError(
+                "parameter",
+                f"{self.document.method} needs {name}{whose}, for '{printable(tensor)}'",
+                hint=f"parameters: {{{name}: 0.5}}",
+            )
+        return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def _promoted(dtypes: Sequence[str]) -> str:
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return dtypes[0]
+    return "F64" if "F64" in kinds else "F32"  # of bfloat16 and float16 too
+
+
+def _finished(
+    document: Document,
+    parents: Sequence[Checkpoint],
+    first: Key,
+    entries: Sequence[Entry],
+    vocabulary: Vocabulary | None,
+    *,
+    mirrored: bool,
+) -> Plan:
+    base = parents[first[0]]
+    part = base.part()
+    edited: dict[str, Any] = {}
+    edits: tuple[tuple[str, Any, Any], ...] = ()
+    warnings: list[str] = []
+    if part.config is not None and part.config_file is not None:
+        config = dict(part.config)
+        wanted = document.out_dtype or document.dtype
+        if wanted:
+            config = with_dtype(config, wanted)
+        if document.sliced:
+            tower = language_tower(shapes_of(base.tensors), where=base.name)
+            order = [s.first + i for piece in document.slices for s in piece.sources[:1] for i in range(piece.count)]
+            where = f"{base.name}: {part.config_file}"
+            if max(order) < tower.count:
+                edit = edit_depth(config, BlockList(f"{tower.prefix}layers.", tower.count), order, where=where)
+                config, warnings = edit.config, list(edit.warnings)
+            else:
+                config["num_hidden_layers"] = len(order)
+        if vocabulary is not None:
+            config["vocab_size"] = vocabulary.rows
+        if config != part.config:
+            edited[part.config_file] = config
+            edits = config_edits(part.config_file, part.config, config)
+    files = [f for f in files_of(base, base, edited, chat_template=None) if f.relative != "README.md"]
+    inputs: dict[str, str] = {}
+    if vocabulary is not None:
+        files = [f for f in files if f.relative not in vocabulary.replaces] + list(vocabulary.files)
+        inputs["vocabulary"] = vocabulary.digest
+    if document.chat_template is not None:
+        used = [parents[k[0]] for k in document.inputs()]
+        text = named_template(document.chat_template, used)
+        files = [f for f in files if f.relative not in ("chat_template.jinja", "chat_template.json")]
+        files += [SideFile("chat_template.jinja", content=text.encode())] if text else []
+    names = {e.name for e in entries}
+    mirrored = (
+        mirrored and names == set(base.tensors) and base.layout in ("hf", "file") and not isinstance(base, Planned)
+    )
+    merged = [e for e in entries if isinstance(e, Compute)]
+    report = {
+        "method": document.method,
+        "models": [
+            parents[k[0]].name + (f"+{parents[k[1]].name}" if k[1] is not None else "") for k in document.inputs()
+        ],
+        "merged": {"tensors": len(merged), "bytes": sum(e.nbytes for e in merged)},
+        "copied": {
+            "tensors": len(entries) - len(merged),
+            "bytes": sum(e.nbytes for e in entries) - sum(e.nbytes for e in merged),
+        },
+    }
+    files.append(SideFile("README.md", content=card(report, parents).encode()))
+    if mirrored:
+        files += list(indexes(base))
+    else:
+        files = [f for f in files if not f.relative.endswith(".index.json")]
+    return Plan(
+        tuple(entries), part_names(base), tuple(files), config_edits=edits, warnings=tuple(warnings), report=report,
+        inputs=inputs, mirror=base if mirrored else None,
+    )  # fmt: skip
