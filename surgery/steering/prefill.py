@@ -9,7 +9,6 @@ Axes: B batch, V vocabulary, O options.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from surgery.steering.generate import (
     start_recording,
     stop_recording,
 )
-from surgery.steering.patch import PAPER, Patch, check_alpha
+from surgery.steering.patch import PAPER, Patch
 from surgery.steering.session import prepare, refusals
 
 
@@ -48,7 +47,8 @@ class Prefill:
         self.model = model
         with refusals():
             self.state: Steering = prepare(model, patch, inputs=inputs, tokenizer=tokenizer)
-        self._own = list(self.state.applied)
+        self._patch = (patch,) if isinstance(patch, Patch) else tuple(patch)
+        self._tokenizer = tokenizer
         self.batch = self.state.applied[0].keys.shape[0]
         self.passes = {"prompt": 0, "cheap": 0, "full": 0, "tokens": 0}
         self._inputs = inputs
@@ -56,8 +56,8 @@ class Prefill:
         self._kwargs: dict[str, Any] = {}
         self._cache: Any = None
         self._recording: list[Any] = []
-        self._base: list[dict[str, Any]] | None = None  # the cache without the steered rows
-        self._again: dict[str, Any] = {}
+        # By how many rows are steered: the cache without them, and the arguments of a forward over them.
+        self._bases: dict[int, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
         self._whole: list[dict[str, Any]] = []  # with all that sliding layers recorded
         self._plain: list[dict[str, Any]] = []  # the unsteered prompt
         self._steered: list[dict[str, Any]] = []  # the prompt as `steered` left it
@@ -76,7 +76,6 @@ class Prefill:
         return self
 
     def __exit__(self, *_: object) -> None:
-        stop_recording(self._recording)
         self._cache = None
         self._stack.close()
 
@@ -118,22 +117,21 @@ class Prefill:
         with refusals():
             return confidences(self.logits, policy)
 
-    def steered(self, alpha: float | Sequence[float] | None) -> torch.Tensor:
+    def steered(
+        self, alpha: float | Sequence[float] | None, patch: Patch | Sequence[Patch] | None = None
+    ) -> torch.Tensor:
         """First-token logits [B, V] under `alpha`, one number or one a sample (None: each patch's own); the cache then
-        holds the steered prompt. Where every alpha is 1 these are `logits` themselves, bit for bit."""
-        if alpha is None:
-            self.state.applied = list(self._own)
-        else:
-            listed = [float(alpha)] * self.batch if isinstance(alpha, int | float) else [float(a) for a in alpha]
-            for value in listed:
-                check_alpha("alpha", value, self.state.applied[0].rule.mode)
-            self.state.applied = [replace(a, alpha=tuple(listed)) for a in self._own]
-        if all(a.identity for a in self.state.applied):
-            _restore(self._cache, self._plain)
-            self._steered = self._plain
-            return self.logits
-        self.state.enabled = True
+        holds the steered prompt. `patch` stands in for the one that the run was made with, this once. Where nothing is
+        changed by definition these are `logits` themselves, bit for bit. Raises as `steer`."""
         with refusals():
+            patches = self._patch if patch is None else patch
+            made = prepare(self.model, patches, alpha=alpha, inputs=self._inputs, tokenizer=self._tokenizer)
+            self.state.applied = made.applied
+            if all(a.identity for a in self.state.applied):
+                _restore(self._cache, self._plain)
+                self._steered = self._plain
+                return self.logits
+            self.state.enabled = True
             try:
                 output = self._run_steered()
             finally:
@@ -143,20 +141,21 @@ class Prefill:
 
     def _run_steered(self) -> Any:
         shown = shown_argument((), self._kwargs)
-        if self._base is None and self._causal:
-            _restore(self._cache, self._whole)
-        if self._base is None and self._causal and (count := cheap_rows(self.state, self._cache, shown)):
+        _restore(self._cache, self._whole)
+        count = cheap_rows(self.state, self._cache, shown) if self._causal else None
+        if count is None:
+            self._cache.reset()
+            self.passes["full"] += 1
+            return self.model.forward(**self._kwargs)
+        if count not in self._bases:
             self._cache.crop(-count)
-            stop_recording(self._recording)
-            self._base = _saved(self._cache)
-            self._again = last_positions(self._kwargs, self._cache, shown, count)
-        if self._base is not None:
-            _restore(self._cache, self._base)
-            self.passes["cheap"] += 1
-            return self.model.forward(**self._again)
-        self._cache.reset()
-        self.passes["full"] += 1
-        return self.model.forward(**self._kwargs)
+            for layer in self._cache.layers:
+                vars(layer).update({k: False for k in vars(layer) if k == "record_past"})
+            self._bases[count] = _saved(self._cache), last_positions(self._kwargs, self._cache, shown, count)
+        base, again = self._bases[count]
+        _restore(self._cache, base)
+        self.passes["cheap"] += 1
+        return self.model.forward(**again)
 
     def answer(self, logits: torch.Tensor, *, tokens: int, stop: Sequence[int] = ()) -> list[list[int]]:
         """Greedy answers from first-token `logits` on, at most `tokens` long and without the stop token; the cache must
