@@ -88,6 +88,7 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
                 "Ask where things are, plainly and steered.",
             ),
             "map": ("surgery.cli.adaptvis.maps:draw_map", "Draw where a model looks in a picture when it answers."),
+            "analyze": ("surgery.cli.adaptvis.analyze:analyze", "Say what attention to pictures goes with, by layer."),
             "data": (
                 "Make or import questions about where things are.",
                 {
