@@ -50,7 +50,15 @@ def measure(
     prompts = [render(loaded.processor, item, prompt, template=template) for item in items]
     if metric == "acc":
         return Accuracy(loaded, items, prompts, batch, max_new_tokens)
-    return Likelihood(loaded, items, prompts, batch, note=note)
+    return Likelihood(loaded, scored(loaded, items, prompts, batch), note=note)
+
+
+def scored(loaded: Loaded, items: Sequence[Item], prompts: Sequence[str], size: int) -> list[tuple[list[int], Scored]]:
+    """Batches of items with their right answers, each with the places of its items."""
+    return [
+        (chosen, with_answers(loaded, [prompts[i] for i in chosen], [items[i] for i in chosen]))
+        for chosen in batches(items, prompts, size)
+    ]
 
 
 class Accuracy:
@@ -76,7 +84,7 @@ class Accuracy:
 
 
 class Likelihood:
-    """-log p of each right answer in nats.
+    """-log p of each right answer in nats, over batches made by `scored`.
 
     `cached` says whether hidden states are reused. They are not when running the layers one by one does not give what
     the model itself gives (models that add something between layers); `note` is told then.
@@ -85,19 +93,15 @@ class Likelihood:
     def __init__(
         self,
         loaded: Loaded,
-        items: Sequence[Item],
-        prompts: Sequence[str],
-        batch: int,
+        batches: Sequence[tuple[list[int], Scored]],
         *,
         cached: bool = True,
         note: Note | None = None,
     ) -> None:
-        self._loaded, self._count = loaded, len(items)
-        self._tower = tower_of(loaded.model)
-        self._places = list(batches(items, prompts, batch))
-        self._inputs = [
-            with_answers(loaded, [prompts[i] for i in chosen], [items[i] for i in chosen]) for chosen in self._places
-        ]
+        self._loaded, self._tower = loaded, tower_of(loaded.model)
+        self._places = [places for places, _ in batches]
+        self._inputs = [batch for _, batch in batches]
+        self._count = sum(len(places) for places in self._places)
         self.cached = cached and self._restart()
         if cached and not self.cached and note is not None:
             note("this model's layers do not run one by one; each measurement is a whole forward pass")

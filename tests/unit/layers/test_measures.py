@@ -11,7 +11,7 @@ from tiny_language import ALPHABET
 from surgery.arch.language.characters import character_tokenizer
 from surgery.arch.language.load import Loaded
 from surgery.errors import UsageError
-from surgery.evals.layers.measures import Likelihood, measure
+from surgery.evals.layers.measures import Likelihood, measure, scored
 from surgery.evals.layers.profile import probe_layers
 from surgery.evals.layers.weights import ablation, tower_of
 from surgery.evals.vqa.prompts import render
@@ -20,7 +20,8 @@ from surgery.evals.vqa.rows import Item
 
 def both(loaded: Loaded, items: list[Item]) -> tuple[Likelihood, Likelihood]:
     prompts = [render(loaded.processor, item, "bare") for item in items]
-    return tuple(Likelihood(loaded, items, prompts, 4, cached=c) for c in (True, False))  # type: ignore[return-value]
+    batches = scored(loaded, items, prompts, 4)
+    return Likelihood(loaded, batches), Likelihood(loaded, batches, cached=False)
 
 
 def check_every_layer(loaded: Loaded, items: list[Item], how: str = "zero") -> None:
@@ -107,14 +108,15 @@ def test_a_model_that_works_between_its_layers_is_noticed(
             halted.clear()
 
     monkeypatch.setattr(Likelihood, "_layer", without_hooks)
-    found = Likelihood(vlm, questions, prompts, 4, note=said.append)
+    batches = scored(vlm, questions, prompts, 4)
+    found = Likelihood(vlm, batches, note=said.append)
     assert not found.cached and len(said) == 1
-    assert found.values() == Likelihood(vlm, questions, prompts, 4, cached=False).values()
+    assert found.values() == Likelihood(vlm, batches, cached=False).values()
 
 
 def test_the_batch_does_not_matter_beyond_rounding(vlm: Loaded, questions: list[Item]) -> None:
     prompts = [render(vlm.processor, item, "bare") for item in questions]
-    one, many = (Likelihood(vlm, questions, prompts, size).values() for size in (1, 12))
+    one, many = (Likelihood(vlm, scored(vlm, questions, prompts, size)).values() for size in (1, 12))
     assert one == pytest.approx(many, rel=1e-4)
 
 
