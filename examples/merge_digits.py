@@ -17,7 +17,7 @@ from pathlib import Path
 from vlm_digits import make
 
 TASKS = ("read", "sum", "image-sum")
-SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0)
+SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1, 0)
 
 
 def surgery(*words: str | Path) -> None:

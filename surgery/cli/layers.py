@@ -1,6 +1,7 @@
 """Commands that change layers in memory and measure: probe layers, sweep merge."""
 
 import os
+import re
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -114,7 +115,7 @@ def probe_layers(
     if out is not None:
         _write_csv(out, table)
     if png is not None:
-        title = f"{host.name}: {module} of one layer, {ablate}"
+        title = f"{Path(host.name).name}: {module} of one layer, {ablate}"
         _draw(png, table, "layer", "group", title=title, x_label="layer", metric=metric)
     if as_json:
         output.data_json(settings | {"rows": table})
@@ -207,7 +208,7 @@ def sweep_merge(
     if out is not None:
         _write_csv(out, table)
     if png is not None:
-        _draw_sweep(png, table, vlm.name, llm.name, metric, windows=window is not None and len(shares) == 1)
+        _draw_sweep(png, table, vlm.name, llm.name, metric, window=window if len(shares) == 1 else None)
     if as_json:
         output.data_json(result)
         return
@@ -294,15 +295,18 @@ def _draw(
 
 
 def _draw_sweep(
-    path: Path, table: Sequence[dict[str, Any]], host: str, donor: str, metric: str, *, windows: bool
+    path: Path, table: Sequence[dict[str, Any]], host: str, donor: str, metric: str, *, window: int | None
 ) -> None:
-    """The metric over the donor's share, a line a selection and group; for windows at one share over the layers."""
+    """The metric over the donor's share, a line a selection and group; of windows the difference over their place."""
     from surgery.evals.pictures import curves
 
-    title = f"{donor} merged into {host}"
-    if windows:
-        rows = [{**r, "layer": int(r["layers"].split("-")[0])} for r in table if r["layers"].split("-")[0].isdigit()]
-        _draw(path, rows, "layer", "group", title=title, x_label="first layer of the window", metric=metric)
+    title = f"{Path(donor).name} merged into {Path(host).name}"
+    if window is not None:
+        spans = {label for label in (r["layers"] for r in table) if re.fullmatch(r"\d+(-\d+)?", label)}
+        labels = {label: [int(n) for n in label.split("-")] for label in spans}
+        firsts = {label: ends[0] for label, ends in labels.items() if ends[-1] - ends[0] + 1 == window}
+        rows = [{**r, "layer": firsts[r["layers"]]} for r in table if r["layers"] in firsts]
+        _draw(path, rows, "layer", "group", title=title, x_label=f"first of {window} layers", metric=metric)
         return
     several = len({r["layers"] for r in table}) > 1
     series: dict[str, list[tuple[float, float]]] = {}

@@ -148,7 +148,7 @@ def compare(
     if as_json:
         output.data_json(result)
         return
-    header = ("group", "n", "A", "B", "B - A", "95 % bootstrap", "lost", "gained", "p")
+    header = ("group", "n", "A", "B", "B - A", "95 % bootstrap", "95 % score", "lost", "gained", "p")
     output.table(header, [_pair_row(*pair) for pair in _groups(result)])
     for note in result["notes"]:
         output.warn(note)
@@ -197,9 +197,9 @@ def _row(name: str, found: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _pair_row(name: str, found: dict[str, Any]) -> tuple[Any, ...]:
-    low, high = found["interval"]
-    scores = (f"{found['a']:.4f}", f"{found['b']:.4f}", f"{found['difference']:+.4f}", f"[{low:+.3f}, {high:+.3f}]")
-    return (name, found["n"], *scores, found["lost"], found["gained"], f"{found['p']:.3g}")
+    intervals = [f"[{low:+.3f}, {high:+.3f}]" for low, high in (found["interval"], found["score_interval"])]
+    scores = (f"{found['a']:.4f}", f"{found['b']:.4f}", f"{found['difference']:+.4f}")
+    return (name, found["n"], *scores, *intervals, found["lost"], found["gained"], f"{found['p']:.3g}")
 
 
 def _show_items(base: Any, items: list[Any], prompt: str, template: str | None, *, as_json: bool) -> None:
