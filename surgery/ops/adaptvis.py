@@ -72,6 +72,12 @@ class AdaptVis:
         """Every tensor kept in its file; config, code and README written."""
         config = base.config
         layers, heads = text_sizes(base)
+        if "custom_generate/generate.py" in base.side_files and "adaptvis" not in config:
+            raise CheckpointError(
+                "own-generate",
+                f"{base.name}: has a custom_generate/generate.py of its own, which the patch would replace",
+                hint="a checkpoint has one way to generate: remove that folder from a copy first",
+            )
         tuned = self._tuned(base)
         spec, warnings = self._spec(base, tuned, layers, heads)
         part = base.part()

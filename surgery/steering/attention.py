@@ -102,7 +102,7 @@ class Applied:
     def key_mask(self, first: int, count: int, batch: int, device: torch.device) -> torch.Tensor:
         """Which of `count` keys from position `first` on are steered: [B, 1, 1, K]."""
         if device not in self._moved:
-            self._moved = {device: self.keys.to(device)}
+            self._moved[device] = self.keys.to(device)
         known = self._moved[device][:, first : first + count]
         padded = torch.nn.functional.pad(known, (0, count - known.shape[1]))
         return padded.repeat_interleave(batch // padded.shape[0], dim=0)[:, None, None]

@@ -4,6 +4,13 @@ A patch is a small value that is stored as JSON, shared and put together with ot
 paper's rule is `PAPER`: the last prompt row, the image's keys, every layer and head, logits times alpha, at the
 prompt alone (arXiv 2503.01773, section 4). Other methods are other values:
 
+What alpha does. Within the image it is a temperature 1/alpha, whatever constant all logits carry: above 1 sharpens,
+below 1 smooths. How much the row looks at the image at all is another matter: with Z the sum of exp over its image
+logits l, d log Z(alpha)/d alpha is the mean of l under the tempered weights, so mass grows with alpha only where that
+mean is positive. With negative logits alpha above 1 looks away from the image. "mass-preserving" is the temperature
+alone, "bias" the mass alone. Models whose keys carry biases (Qwen2) shift all logits: an alpha tuned on one family
+means something else on another.
+
     PRESETS["scalingvis"]   the same with one alpha for every sample
     PRESETS["knock-out"]    the row does not see the image at all (attention knock-out, Geva et al. 2023)
     PRESETS["pai"]          alpha adds to positive and negative logits alike, at every answered token (arXiv 2407.21771)
@@ -22,6 +29,7 @@ from surgery.errors import UsageError, closest
 
 MODES = ("logit", "mass-preserving", "bias", "abs", "knock-out")
 STEPS = ("first", "all")
+KEYS_OF = {"id": "image", "id+video": "image+video", "span": "span"}  # --image-keys of a stored patch -> keys
 CONFIDENCES = ("max-prob", "option-prob", "margin", "entropy")
 
 

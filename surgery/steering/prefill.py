@@ -26,7 +26,7 @@ from surgery.steering.generate import (
     stop_recording,
 )
 from surgery.steering.patch import PAPER, Patch
-from surgery.steering.session import prepare, refusals
+from surgery.steering.session import bare, prepare, refusals
 
 
 class Prefill:
@@ -44,9 +44,9 @@ class Prefill:
         *,
         tokenizer: Any = None,
     ) -> None:
-        self.model = model
+        self.model = bare(model)
         with refusals():
-            self.state: Steering = prepare(model, patch, inputs=inputs, tokenizer=tokenizer)
+            self.state: Steering = prepare(self.model, patch, inputs=inputs, tokenizer=tokenizer)
         self._patch = (patch,) if isinstance(patch, Patch) else tuple(patch)
         self._tokenizer = tokenizer
         self.batch = self.state.applied[0].keys.shape[0]

@@ -93,6 +93,7 @@ def steer(
     `trace` records the attention of the steered rows, at alpha 1 too. Raises UsageError for prompts without such keys,
     padding on the right and alphas that are none; CheckpointError for models that cannot be steered.
     """
+    model = bare(model)
     with refusals():
         state = prepare(model, patch, alpha=alpha, inputs=inputs, keys=image_mask, tokenizer=tokenizer, trace=trace)
         with steering(model, state):
@@ -112,12 +113,18 @@ def generate(
     **generate_kwargs: Any,
 ) -> tuple[Any, Outcome]:
     """Adaptive generation: (what `model.generate` returns, confidence and alpha of every sample). Raises as `steer`."""
+    model = bare(model)
     with refusals():
         rule = rule_of(model, patch)
         if keys is None:
             keys = key_mask(model, patch, inputs["input_ids"], tokenizer)
-        _check_keys(keys, patch)
+        _check_keys(keys, patch, inputs)
         return patched_generate(model, None, rule, policy, keys=keys, force=force, **inputs, **generate_kwargs)
+
+
+def bare(model: Any) -> Any:
+    """The transformers model itself: one with adapters (PEFT) generates by the model that it wraps."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def prepare(
@@ -140,7 +147,7 @@ def prepare(
     applied = []
     for one in patches:
         chosen = keys.bool().cpu() if keys is not None else key_mask(model, one, ids, tokenizer)
-        _check_keys(chosen, one)
+        _check_keys(chosen, one, inputs)
         rows = steered_rows(one.rows, chosen, attention)
         applied.append(Applied(rule_of(model, one), _alphas(one, alpha, chosen.shape[0]), chosen, rows))
     return Steering(config, applied, trace=trace)
@@ -203,13 +210,26 @@ def _phrases(ids: list[int], phrases: Sequence[str], tokenizer: Any) -> torch.Te
     return mask
 
 
-def _check_keys(keys: torch.Tensor, patch: Patch) -> None:
+def _check_keys(keys: torch.Tensor, patch: Patch, inputs: Mapping[str, Any] | None) -> None:
     if not bool(keys.any()):
         what = "no image token" if patch.keys != "text" else "no such text"
         raise UsageError(
             "no-keys",
             f"the prompt has {what}: there is nothing to steer",
             hint="give it an image through the model's processor, which writes one token for each visual position",
+        )
+    alone = keys & ~torch.nn.functional.pad(keys, (1, 0))[:, :-1] & ~torch.nn.functional.pad(keys, (0, 1))[:, 1:]
+    if (
+        patch.keys == "image"
+        and not patch.invert
+        and inputs
+        and "pixel_values" in inputs
+        and bool((alone == keys).all())
+    ):
+        raise UsageError(
+            "not-expanded",
+            "the prompt has one token an image, not one for each visual position",
+            hint="set patch_size, num_additional_image_tokens and vision_feature_select_strategy of the processor",
         )
 
 

@@ -123,7 +123,7 @@ def _answer(
     """The answer, the confidence, the alpha, and in words how it came about."""
     from surgery.steering.carried import carried_faults, spec_line
     from surgery.steering.generate import Policy, stored_patch
-    from surgery.steering.patch import Patch
+    from surgery.steering.patch import KEYS_OF, Patch
     from surgery.steering.session import generate, refusals, steer
 
     how = {"max_new_tokens": tokens, "do_sample": False}
@@ -150,8 +150,11 @@ def _answer(
             picked = (
                 None if rule.heads is None else " ".join(f"{n}:{','.join(map(str, h))}" for n, h in rule.heads.items())
             )
-            keys = {"id": "image", "id+video": "image+video", "span": "span"}[which]
-            patches = (Patch(mode=rule.mode, layers=chosen, heads=picked, rows=rule.rows, steps=rule.steps, keys=keys),)
+            patches = (
+                Patch(
+                    mode=rule.mode, layers=chosen, heads=picked, rows=rule.rows, steps=rule.steps, keys=KEYS_OF[which]
+                ),
+            )
             words = f"the checkpoint's patch: {spec_line(base.config['adaptvis'])}"
         out, outcome = generate(model, inputs, policy, patches[0], tokenizer=loaded.tokenizer, **how)
         used = outcome.alpha[0]

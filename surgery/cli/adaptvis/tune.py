@@ -41,6 +41,9 @@ def tune(
     layers: Annotated[str | None, typer.Option("-l", "--layers", metavar="0-31", help="Text layers to steer.")] = None,
     heads: Annotated[str | None, typer.Option("--heads", metavar="L:H,..", help="Heads to steer, 8:3,7 9:1.")] = None,
     mode: Annotated[str, typer.Option("--mode", help="logit, mass-preserving, bias or abs.")] = "logit",
+    rows: Annotated[str, typer.Option("--rows", help="Steered positions: last, last:N or after-image.")] = "last",
+    steps: Annotated[str, typer.Option("--steps", help="first: the prompt alone; all: every decoded token.")] = "first",
+    image_keys: Annotated[str, typer.Option("--image-keys", help="Image positions: id, span or id+video.")] = "id",
     confidence: Annotated[
         str, typer.Option("--confidence", help="max-prob, option-prob, margin or entropy.")
     ] = "max-prob",
@@ -88,9 +91,11 @@ def tune(
     check_device(device)
     values = _grid(alphas, mode)
     base = open_source(model, offline=offline)
-    from surgery.steering.patch import CONFIDENCES, Patch
+    from surgery.steering.patch import CONFIDENCES, KEYS_OF, Patch
 
-    patch = Patch(mode=mode, layers=layers, heads=heads)
+    if image_keys not in KEYS_OF:
+        raise UsageError("image-keys", f"--image-keys {image_keys}: unknown", hint=closest(image_keys, list(KEYS_OF)))
+    patch = Patch(mode=mode, layers=layers, heads=heads, rows=rows, steps=steps, keys=KEYS_OF[image_keys])
     if confidence not in CONFIDENCES:
         raise UsageError(
             "confidence", f"--confidence {confidence}: unknown", hint=closest(confidence, list(CONFIDENCES))
@@ -128,7 +133,7 @@ def tune(
     headed = None if rule.heads is None else {str(n): list(h) for n, h in rule.heads.items()}
     result: dict[str, Any] = {"surgery_tune": 1, "alpha1": found["alpha1"], "alpha2": found["alpha2"]}
     result |= {"beta": found["beta"], "mode": mode, "layers": layered, "heads": headed, "rows": patch.rows}
-    result |= {"steps": patch.steps, "image_keys": "id", "confidence": confidence}
+    result |= {"steps": patch.steps, "image_keys": image_keys, "confidence": confidence}
     result |= {"confidence_decimals": confidence_decimals, "tau": None, "scaling": {"alpha": found["scaling"]}}
     result["tuned_on"] = {
         "model": f"sha256:{base.digest}",
