@@ -4,7 +4,6 @@ Inputs: one image-text-to-text checkpoint. Changes: `adaptvis` in config.json, t
 that transformers runs for it, a section of the README. Every weight file is taken over byte for byte.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from surgery.arch.carried import config_edits, indexes, json_bytes, keep_all, pa
 from surgery.errors import CheckpointError, UsageError, closest
 from surgery.graph.op import Compute, Param, Plan, PlanContext, SideFile
 from surgery.steering.carried import CODE_FILES, code_digest, code_files, readme, spec_line, text_sizes
-from surgery.steering.patch import CONFIDENCES, Patch, check_alpha
+from surgery.steering.patch import CONFIDENCES, KEYS_OF, Patch, check_alpha, heads_text, layers_text
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
@@ -169,8 +168,8 @@ class AdaptVis:
         spec |= {k: values[k] for k in ("scale", *adaptive) if values.get(k) is not None}
         patch = Patch(
             mode=spec["mode"],
-            layers=_words(spec["layers"]),
-            heads=_heads(spec["heads"]),
+            layers=layers_text(spec["layers"]),
+            heads=heads_text(spec["heads"]),
             rows=spec["rows"],
             steps=spec["steps"],
         )
@@ -184,7 +183,7 @@ class AdaptVis:
                 "beta", f"--beta {spec['beta']}: not in [0, 1.01]", hint="it is compared with a probability"
             )
         for key, known in (
-            ("image_keys", ("id", "span", "id+video")),
+            ("image_keys", tuple(KEYS_OF)),
             ("confidence", tuple(c for c in CONFIDENCES if c != "option-prob")),
         ):
             if spec[key] not in known:
@@ -238,14 +237,3 @@ def _notes(base: Checkpoint, spec: Mapping[str, Any]) -> list[str]:
     if tuned.get("model") and tuned["model"] != f"sha256:{base.digest}":
         notes.append("tuned on a model of other weights: thresholds seldom carry over; tune on this one")
     return notes
-
-
-def _words(layers: Any) -> str | None:
-    """Layers as the patch takes them: text, or a list of numbers from a stored patch."""
-    return ",".join(map(str, layers)) if isinstance(layers, list | tuple) else layers
-
-
-def _heads(heads: Any) -> str | None:
-    if isinstance(heads, Mapping):
-        return " ".join(f"{layer}:{','.join(map(str, row))}" for layer, row in heads.items())
-    return heads if heads is None or isinstance(heads, str) else json.dumps(heads)

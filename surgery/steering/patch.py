@@ -153,6 +153,25 @@ PRESETS: Mapping[str, Patch] = {
 }
 
 
+def stored_rule(spec: Mapping[str, Any]) -> Patch:
+    """The rule of what a config's `adaptvis` or a tuning holds, its policy aside."""
+    given = {k: spec[k] for k in ("mode", "rows", "steps") if spec.get(k) is not None}
+    keys = KEYS_OF.get(str(spec.get("image_keys", "id")), "image")
+    return Patch(layers=layers_text(spec.get("layers")), heads=heads_text(spec.get("heads")), keys=keys, **given)
+
+
+def layers_text(layers: Any) -> str | None:
+    """Layers as a patch takes them, from text or a stored list of numbers."""
+    return ",".join(map(str, layers)) if isinstance(layers, list | tuple) else layers
+
+
+def heads_text(heads: Any) -> str | None:
+    """Heads as a patch takes them, from text or a stored {layer: heads}."""
+    if isinstance(heads, Mapping):
+        return " ".join(f"{layer}:{','.join(map(str, row))}" for layer, row in heads.items())
+    return heads if heads is None else str(heads)
+
+
 def patch_from(values: Mapping[str, Any]) -> Patch:
     """A patch from JSON values; a `preset` key names where it starts from. Raises UsageError for unknown keys."""
     values = dict(values)

@@ -10,9 +10,11 @@ Blocks nest, and their rules follow one another. Nothing is left behind on the m
 which nothing was steered is an error. Masks are [B, S] over the prompt, padding included, True for chosen keys.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -190,24 +192,37 @@ def image_numbers(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _phrases(ids: list[int], phrases: Sequence[str], tokenizer: Any) -> torch.Tensor:
-    """Tokens that any phrase touches, wherever it stands in the prompt."""
-    # Pieces as written, with the space markers of byte-level and SentencePiece vocabularies as spaces.
-    pieces = [str(p).replace("Ġ", " ").replace("▁", " ") for p in tokenizer.convert_ids_to_tokens(ids)]
-    ends, text = [], ""
-    for piece in pieces:
-        text += piece
-        ends.append(len(text))
+    """Tokens that any phrase touches, wherever it stands in the prompt: where the phrase's own tokens stand, else where
+    its letters do (spaces aside), since words are cut otherwise in other surroundings."""
+    # Pieces as written, without the space markers of byte-level and SentencePiece vocabularies.
+    pieces = [re.sub(r"[Ġ▁\s]", "", str(p)) for p in tokenizer.convert_ids_to_tokens(ids)]
+    ends = list(accumulate(map(len, pieces)))
+    text = "".join(pieces)
     mask = torch.zeros(len(ids), dtype=torch.bool)
     for phrase in phrases:
-        at = text.find(phrase)
-        if at < 0:
+        spans = [
+            (i, i + len(own))
+            for own in _spelled(phrase, tokenizer)
+            for i in range(len(ids))
+            if ids[i:][: len(own)] == own
+        ]
+        letters = "".join(phrase.split())
+        for at in [m.start() for m in re.finditer(re.escape(letters), text)] if letters and not spans else ():
+            touched = [i for i, end in enumerate(ends) if end > at and end - len(pieces[i]) < at + len(letters)]
+            spans.append((touched[0], touched[-1] + 1))
+        if not spans:
             raise UsageError("keys", f"'{printable(phrase)}' is not in the prompt", hint="write it as in the question")
-        while at >= 0:
-            for i, end in enumerate(ends):
-                if end > at and end - len(pieces[i]) < at + len(phrase):
-                    mask[i] = True
-            at = text.find(phrase, at + 1)
+        for start, stop in spans:
+            mask[start:stop] = True
     return mask
+
+
+def _spelled(phrase: str, tokenizer: Any) -> list[list[int]]:
+    """The phrase in tokens, at the start of a text and inside one."""
+    if not callable(tokenizer):
+        return []
+    found = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (phrase, f" {phrase}")]
+    return [own for own in found if own]
 
 
 def _check_keys(keys: torch.Tensor, patch: Patch, inputs: Mapping[str, Any] | None) -> None:

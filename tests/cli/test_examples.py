@@ -22,6 +22,15 @@ def test_the_python_example_shows_an_exact_warm_start(tmp_path: Path) -> None:
     assert "5,330,304 parameters" in done.stdout
 
 
+def test_the_example_of_steering_leaves_a_rule_that_can_be_read(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/steer_attention.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "runs: {'prompt': 1, 'cheap': 4, 'full': 0, 'tokens': 0}" in done.stdout
+    assert "heads that matter most" in done.stdout and "attention held to" in done.stdout
+    assert (tmp_path / "out/rules.json").is_file()
+
+
 @pytest.mark.slow
 def test_the_shell_example_ends_with_a_verified_graft(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "examples/graft_digits.sh"), str(tmp_path / "out")]

@@ -123,7 +123,7 @@ def _answer(
     """The answer, the confidence, the alpha, and in words how it came about."""
     from surgery.steering.carried import carried_faults, spec_line
     from surgery.steering.generate import Policy, stored_patch
-    from surgery.steering.patch import KEYS_OF, Patch
+    from surgery.steering.patch import stored_rule
     from surgery.steering.session import generate, refusals, steer
 
     how = {"max_new_tokens": tokens, "do_sample": False}
@@ -145,16 +145,8 @@ def _answer(
             for fault in carried_faults(base):
                 output.warn(fault)
             with refusals():
-                rule, policy, which = stored_patch(base.config["adaptvis"])
-            chosen = None if rule.layers is None else ",".join(map(str, rule.layers))
-            picked = (
-                None if rule.heads is None else " ".join(f"{n}:{','.join(map(str, h))}" for n, h in rule.heads.items())
-            )
-            patches = (
-                Patch(
-                    mode=rule.mode, layers=chosen, heads=picked, rows=rule.rows, steps=rule.steps, keys=KEYS_OF[which]
-                ),
-            )
+                policy = stored_patch(base.config["adaptvis"])[1]
+            patches = (stored_rule(base.config["adaptvis"]),)
             words = f"the checkpoint's patch: {spec_line(base.config['adaptvis'])}"
         out, outcome = generate(model, inputs, policy, patches[0], tokenizer=loaded.tokenizer, **how)
         used = outcome.alpha[0]

@@ -140,7 +140,7 @@ def settings_of(
     """`alpha`, `policy` and `patch` of an evaluation: options first, then the file of a tuning, then what the
     checkpoint carries. Raises UsageError for numbers that do not belong together or are out of range."""
     from surgery.steering.generate import Policy
-    from surgery.steering.patch import PAPER, Patch, check_alpha
+    from surgery.steering.patch import KEYS_OF, PAPER, Patch, check_alpha, heads_text, layers_text
 
     stored = _tuned(tuned) if tuned is not None else dict((base.config.get("adaptvis") or {}) if base else {})
     missing = [k for k, v in numbers.items() if v is None]
@@ -154,11 +154,11 @@ def settings_of(
     values = dict(numbers) if not missing else {k: stored.get(k) for k in numbers}
     patch = Patch(
         mode=given["mode"] or stored.get("mode") or PAPER.mode,
-        layers=given["layers"] or _words(stored.get("layers")),
-        heads=given["heads"] or _heads(stored.get("heads")),
+        layers=given["layers"] or layers_text(stored.get("layers")),
+        heads=given["heads"] or heads_text(stored.get("heads")),
         rows=stored.get("rows") or PAPER.rows,
         steps=stored.get("steps") or PAPER.steps,
-        keys={"span": "span", "id+video": "image+video"}.get(str(stored.get("image_keys")), "image"),
+        keys=KEYS_OF.get(str(stored.get("image_keys")), "image"),
     )
     if patch.mode == "knock-out" and not knocks_out:
         raise UsageError("mode", "mode knock-out has no alpha", hint="logit, mass-preserving, bias or abs")
@@ -197,16 +197,6 @@ def _tuned_scale(stored: Mapping[str, Any]) -> Any:
         if isinstance(found, Mapping) and found.get("alpha") is not None:
             return found["alpha"]
     return None
-
-
-def _words(layers: Any) -> str | None:
-    return ",".join(map(str, layers)) if isinstance(layers, list) else layers
-
-
-def _heads(heads: Any) -> str | None:
-    if isinstance(heads, Mapping):
-        return " ".join(f"{layer}:{','.join(map(str, row))}" for layer, row in heads.items())
-    return heads
 
 
 def _methods(given: list[str] | None) -> tuple[str, ...]:

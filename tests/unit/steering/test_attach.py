@@ -275,6 +275,16 @@ def test_models_that_cannot_be_patched_are_refused(tmp_path: Path) -> None:
             plan(open_checkpoint(folder), **NUMBERS)
 
 
+def test_another_way_to_generate_is_not_replaced(folders: Any, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(folders("llava"), tmp_path / "own")
+    (tmp_path / "own/custom_generate").mkdir()
+    (tmp_path / "own/custom_generate/generate.py").write_text("def generate(model, **kwargs): ...\n")
+    with pytest.raises(CheckpointError, match="of its own"):
+        plan(open_checkpoint(tmp_path / "own"), **NUMBERS)
+
+
 def test_warnings_name_what_is_unusual(folders: Any) -> None:
     base = open_checkpoint(folders("llava"))
     assert any("does not hide" in w for w in plan(base, scale=0.0).warnings)

@@ -197,6 +197,34 @@ def test_a_phrase_of_the_prompt_can_be_what_is_steered() -> None:
         pass
 
 
+def test_phrases_are_found_as_tokens_and_as_letters() -> None:
+    """A byte-level vocabulary: a phrase at the start, inside, cut otherwise, twice, and in other letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from surgery.steering.session import key_mask
+
+    text = "where is the red cup? the red cupboard is left. où est la tasse? the red cup"
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator([text] * 3, trainers.BpeTrainer(vocab_size=320, initial_alphabet=list("abcdefghij")))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    model = tiny_vlm("llava").model
+
+    def shown(*phrases: str) -> str:
+        mask = key_mask(model, Patch(keys="text", text=phrases), ids, tokenizer)[0]
+        return tokenizer.decode(ids[0][mask])
+
+    assert shown("red cup") in (" red cup red cup", " red cup red cupboard red cup")
+    assert shown("where") == "where"
+    assert shown("où est") == " où est"
+    assert "is left" in shown("is left", "tasse") and "tasse" in shown("is left", "tasse")
+    with pytest.raises(UsageError, match="'blue' is not in the prompt"):
+        shown("blue")
+
+
 def test_one_of_several_images_can_be_chosen() -> None:
     tiny = tiny_vlm("qwen2_vl")
     inputs = tiny.prompt(images=2)

@@ -154,6 +154,36 @@ def test_bad_requests_are_named(change: dict[str, Any], error: type[SurgeryError
     assert words in str(caught.value) and caught.value.hint
 
 
+def test_an_image_token_that_was_not_expanded_is_named() -> None:
+    tiny = tiny_vlm("llava")
+    inputs = {**tiny.prompt(), "input_ids": torch.tensor([[5, 150, 6, 7]]), "attention_mask": torch.ones(1, 4)}
+    with pytest.raises(UsageError, match="one token an image") as caught, steer(tiny.model, alpha=0.5, inputs=inputs):
+        pass
+    assert "patch_size" in caught.value.hint
+
+
+def test_models_with_adapters_are_steered() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from surgery.steering.prefill import Prefill
+
+    tiny = tiny_vlm("llava")
+    inputs = tiny.prompt()
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=2)
+    torch.manual_seed(1)
+    wrapped = get_peft_model(copy.deepcopy(tiny.model), config).eval()
+    how = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found, outcome = generate(wrapped, inputs, Policy(0.3, 1.5, 2.0), **how)
+    assert outcome.passes == "cheap" and outcome.alpha == [0.3]
+    with steer(wrapped, alpha=0.3, inputs=inputs):
+        whole = wrapped.generate(**inputs, **how)
+    torch.testing.assert_close(found.logits[0], whole.logits[0], atol=2e-5, rtol=0)
+    with Prefill(wrapped, inputs) as run:
+        torch.testing.assert_close(run.steered(0.3), whole.logits[0], atol=2e-5, rtol=0)
+    plain, _ = generate(tiny.model, inputs, Policy(0.3, 1.5, 2.0), **how)
+    assert not torch.allclose(plain.logits[0], found.logits[0], atol=1e-3)
+
+
 def test_a_right_padded_batch_is_refused() -> None:
     tiny = tiny_vlm("llava")
     inputs = tiny.prompt()
