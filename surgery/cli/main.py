@@ -69,6 +69,7 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
         "Look into a model: which parts of it do what.",
         {
             "layers": ("surgery.cli.layers:probe_layers", "Change one layer at a time and measure what it costs."),
+            "attention": ("surgery.cli.adaptvis.probe:probe_attention", "Which heads carry an answer about a picture."),
             "routing": ("surgery.cli.routing:probe_routing", "Which experts the routers of a model choose on text."),
         },
     ),

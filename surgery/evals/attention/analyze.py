@@ -170,14 +170,13 @@ def _knocked(
     if not windows:
         return found
     gold = [[spellings(loaded.tokenizer, item.answer)[0]] for item in items]
-    for name in KNOCKED:
-        found[name] = {}
-        for window in windows:
-            patch = Patch(mode="knock-out", layers=f"{window[0]}-{window[1]}", rows=name)
-            with Prefill(loaded.model, inputs, patch, tokenizer=loaded.tokenizer) as run:
-                if None not in found[name]:
-                    found[name][None] = _p(run.option_scores(run.logits, gold))
-                found[name][window] = _p(run.option_scores(run.steered(1.0), gold))
+    with Prefill(loaded.model, inputs, tokenizer=loaded.tokenizer) as run:
+        plain = _p(run.option_scores(run.logits, gold))
+        for name in KNOCKED:
+            found[name] = {None: plain}
+            for window in windows:
+                patch = Patch(mode="knock-out", layers=f"{window[0]}-{window[1]}", rows=name)
+                found[name][window] = _p(run.option_scores(run.steered(1.0, patch), gold))
     return found
 
 

@@ -32,6 +32,38 @@ def analysis(result: Mapping[str, Any], path: str | Path, *, title: str = "") ->
     return write(path, buffer)
 
 
+def heads(result: Mapping[str, Any], path: str | Path, *, title: str = "") -> Path:
+    """A PNG of a head profile: how each head moves the right answer's probability, red down and blue up, with the
+    number where there is room. Raises as `analysis`."""
+    figure_module, canvas_module = (need(f"matplotlib.{name}") for name in ("figure", "backends.backend_agg"))
+    change = result["change"]
+    rows, cols = len(change), len(change[0])
+    figure = figure_module.Figure(
+        figsize=(min(16, 3.4 + 0.62 * cols), min(14, 2.2 + 0.46 * rows)), dpi=110, layout="constrained"
+    )
+    canvas_module.FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    top = max(1e-6, *(abs(v) for row in change for v in row))
+    shown = axes.imshow(change, cmap="RdBu", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+    if rows * cols <= 200:
+        for r, c in ((r, c) for r in range(rows) for c in range(cols)):
+            dark = abs(change[r][c]) > 0.6 * top
+            axes.text(
+                c, r, f"{change[r][c]:+.3f}", ha="center", va="center", fontsize=8, color="white" if dark else "#333333"
+            )
+    axes.set_xticks(range(0, cols, max(1, cols // 16)))
+    axes.set_yticks(range(0, rows, max(1, rows // 16)))
+    axes.set(xlabel="head" if result["by"] == "head" else "whole layer", ylabel="layer")
+    if result["by"] != "head":
+        axes.set_xticks([])
+    how = "knocked out" if result["mode"] == "knock-out" else f"alpha {result['alpha']:g}"
+    axes.set_title(f"{title}: one at a time, {how}" if title else how, fontsize=10)
+    figure.colorbar(shown, ax=axes, label="change of the right answer's probability")
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return write(path, buffer)
+
+
 def _mass(axes: Any, layers: Any) -> None:
     x = [row["layer"] for row in layers]
     axes.plot(
