@@ -144,7 +144,9 @@ def up(
     """act [P, I] and, if given, pre [P, 2I] (halves) of the rows of a plan."""
     from .device.forward import up_swiglu
 
-    w, bias, config = experts.gate_up_proj, experts.gate_up_bias, chosen.of("up_swiglu")
+    w, bias = experts.gate_up_proj, experts.gate_up_bias
+    # Columns that alternate are read one by one, and their addresses take registers that a larger tile needs.
+    config = chosen.of("up_swiglu" if experts.is_concatenated else "up_swiglu_interleaved")
     s = up_strides(w, experts)
     grid = plan.tile_expert.numel() * _ceil(experts.width, config["BN"])
     _run(

@@ -145,6 +145,18 @@ def check_plans() -> None:
         same_plan(kernel_plan(index.view(-1), n, rows, top_k=k), moe.build_plan(index, n, rows))
 
 
+def check_plans_of_many_blocks_and_tiles() -> None:
+    """More tiles for one expert than one store writes, and more blocks than one scan reads."""
+    from surgery.kernels.moe.device.plan import scan_counts
+
+    index = torch.full((2100, 1), 1)
+    same_plan(kernel_plan(index.view(-1), 2, 16, top_k=1), moe.build_plan(index, 2, 16))
+    counts = torch.randint(0, 9, (40, 3), dtype=torch.int32)
+    before, totals = torch.empty_like(counts), torch.empty(3, dtype=torch.int32)
+    scan_counts[(3,)](counts, before, totals, 40, 3, BB=16)
+    assert torch.equal(before, counts.cumsum(0).int() - counts) and torch.equal(totals, counts.sum(0).int())
+
+
 def chain(
     cfg: moe.Chain, *, t: int = 33, h: int = 24, i: int = 20, n: int = 6, shared: int = 0, bias: bool = False,
     correction: bool = False, function: bool = False,

@@ -36,7 +36,7 @@ def test_the_gate_holds_for_the_heaviest_kernels(compiled: list[aot.Compiled]) -
     for row in compiled:
         assert row.registers > 0 and row.shared <= 232448
         if row.kernel == "up_swiglu" and row.size in ("large", "medium"):
-            assert row.instructions["HGMMA"] >= 8
+            assert row.instructions["HGMMA"] >= 4
 
 
 def test_addresses_are_64_bit_and_no_float_is_added_atomically(compiled: list[aot.Compiled]) -> None:
@@ -88,7 +88,7 @@ def test_no_atomic_in_any_kernel() -> None:
 
 
 def test_every_architecture_has_every_size() -> None:
-    wanted = {"up_swiglu", "rows_times_expert", "rows_times_expert_two", "down_backward"}
+    wanted = {"up_swiglu", "up_swiglu_interleaved", "rows_times_expert", "rows_times_expert_two", "down_backward"}
     anywhere = {
         "expert_weight_grad", "expert_weight_grad_two", "expert_bias_grad", "combine", "combine_route", "step_backward",
         "decode_up", "decode_down",
