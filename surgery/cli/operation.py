@@ -16,8 +16,10 @@ from surgery.graph.op import Param, Plan, PlanContext, build_op, check_parents, 
 from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, run_op
 from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
-from surgery.store.checkpoint import Checkpoint
+from surgery.store.checkpoint import Checkpoint, Part, TensorRef
 from surgery.store.names import open_named
+
+_UNMADE = "arch:"  # in front of the name of an architecture: its shape alone, for --dry-run
 
 _COMMON: dict[str, tuple[Any, Any]] = {
     "out": (
@@ -178,7 +180,10 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     check_parents(kind, len(sources))
     options = run_options(common)
     check_device(options.device)
-    parents = [open_source(s, offline=options.offline) for s in sources]
+    parents = [
+        _unmade(s, common["dry_run"]) if s.startswith(_UNMADE) else open_source(s, offline=options.offline)
+        for s in sources
+    ]
     for parent in parents:
         if parent.ignored:
             output.note(f"{parent.name}: left out other forms of the weights: {', '.join(parent.ignored[:4])}")
@@ -286,6 +291,26 @@ def open_source(source: str, *, offline: bool = False, key: str | None = None) -
             )
         source = text
     return open_named(source, offline=offline, key=key)
+
+
+def _unmade(source: str, dry_run: bool) -> Checkpoint:
+    """What `surgery init NAME` would make, as `arch:NAME`: names, shapes and config without a byte of weights, which is
+    all that a plan needs."""
+    import json
+
+    name = source.removeprefix(_UNMADE)
+    if not dry_run:
+        raise UsageError(
+            "no-weights", f"{source} has no weights", hint=f"add --dry-run, or make some: surgery init {name} -o DIR"
+        )
+    plan = build_op(load_op("init"), {"arch": name}).plan(PlanContext(0, True))
+    tensors, end = {}, 0
+    for entry in plan.entries:
+        tensors[entry.name] = TensorRef(entry.name, entry.dtype, entry.shape, source, end, entry.nbytes)
+        end += entry.nbytes
+    config = next(json.loads(f.content) for f in plan.files if f.relative == "config.json" and f.content is not None)
+    part = Part("", plan.parts[0].base, tensors, config, "config.json", ())
+    return Checkpoint(source, Path(source), Path(source), "hf", {"": part}, ())
 
 
 def show_plan(op: Any, plan: Plan, *, as_json: bool) -> None:

@@ -149,7 +149,7 @@ def _hub(
                 "not-cached",
                 f"{shown} is not in the local hub cache and could not be fetched: {reason}",
                 hint=f"where there is a network: {fetch}"
-                + ("   (random weights of that shape: surgery init)" if alias else ""),
+                + ("   (its shape alone: arch:NAME with --dry-run; random weights: surgery init)" if alias else ""),
             ) from None
     path = Path(folder)
     return Resolved(typed, path, part, repo, path.name, alias)

@@ -119,6 +119,18 @@ def test_a_model_that_is_not_cached_is_one_clear_line_offline(command: Run, tmp_
     assert "hf download facebook/DiT-XL-2-256" in ended.stderr
 
 
+def test_an_architecture_is_planned_without_any_weights(command: Run, tmp_path: Path) -> None:
+    """Parameters of section 11.2 and FLOPs of Tab. 4, as those of a folder that `surgery init` makes."""
+    report = json.loads(command("graft", "-r", "attn=hyena", "arch:dit-xl-2", "--dry-run", "--json").stdout)
+    assert report["params"] == {"before": 749_826_464, "after": 750_068_384}
+    core = report["flops"]["core"]
+    assert 100 * core["after"] / core["before"] - 100 == pytest.approx(-49.90, abs=0.01)
+    ended = command("graft", "-r", "attn=hyena", "arch:dit-xl-2", "--init", "random")
+    assert ended.code == 2 and listing(tmp_path) == set()
+    said_one_error(ended, "usage.no-weights")
+    said_one_error(command("graft", "-r", "attn=hyena", "arch:dit-xl", "--dry-run"), "usage.unknown-architecture")
+
+
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 
 
