@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from surgery.arch.dit import config as dit
 from surgery.arch.dit.checkpoints import check_tensors, scheduler_config, scheduler_file, transformer_part
-from surgery.arch.dit.grafts import flops_report, parse_replacements
+from surgery.arch.dit.grafts import flops, flops_report, parse_replacements
 from surgery.arch.dit.operators import OPERATORS, modeling_source
 from surgery.arch.sources import Source, byte_ranges
 from surgery.data.identity import data_digest
@@ -178,8 +178,14 @@ class Graft:
                 f"FLOPs {kind:8} {pair['before']:>18,} -> {pair['after']:>18,}   {_percent(pair)}   (touched slots)"
             )
         lines += self._stage_lines(self.settings(params["before"]))
-        config = next(f.content for f in plan.files if f.content is not None and f.relative.endswith("config.json"))
-        n_tokens = dit.Dims.from_config(json.loads(config)).n_tokens
+        edited = next(f.content for f in plan.files if f.content is not None and f.relative.endswith("config.json"))
+        config = json.loads(edited)
+        # Amdahl: what is not replaced costs as much as before.
+        after = sum(flops(config, dit.grafts(config), dit.SLOT_MODULES).values())
+        saved = sum(pair["before"] - pair["after"] for pair in report["flops"].values())
+        if saved > 0 and after:
+            lines.append(f"bound    by FLOPs of self-attention and MLPs at most {1 + saved / after:.3f}x faster")
+        n_tokens = dit.Dims.from_config(config).n_tokens
         if n_tokens < 1024:
             lines.append(f"note     at {n_tokens} tokens the projections dominate; expect no speed-up")
         return lines

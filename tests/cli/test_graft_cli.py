@@ -107,7 +107,8 @@ def test_a_dry_run_at_full_size_reads_headers_only_and_imports_nothing_heavy(hol
 def test_a_dry_run_for_people_says_what_changes_and_costs(command: Run, tiny_dit: Path, tmp_path: Path) -> None:
     ended = command("graft", "-r", "attn=swa:w=2", "-r", "mlp=r3@all", tiny_dit, "--dry-run")
     assert ended.code == 0 and listing(tmp_path) == set()
-    for words in ("swa:w=2", "mlp:r=3", "584,900 ->", "FLOPs core", "tokens the projections dominate", "kept,"):
+    # 16 tokens, width 64: the window saves .69 of 3 softmax cores, the MLP a quarter of 6 MLPs.
+    for words in ("swa:w=2", "mlp:r=3", "584,900 ->", "FLOPs core", "at most", "projections dominate", "kept,"):
         assert words in ended.stdout
     assert "not repaired yet" in ended.stderr
 
