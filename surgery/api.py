@@ -1,16 +1,18 @@
 """The public Python calls, behind the lazy names of the package."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import UsageError
 from surgery.graph.op import build_op, check_parents
 from surgery.graph.run import RunOptions, RunResult, run_op
-from surgery.ops.table import load_op
+from surgery.ops.table import OPS, load_op
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.names import open_named
 
-__all__ = ["apply", "load", "load_processor", "open"]
+__all__ = ["apply", "load", "load_processor", "open", "operation", "run"]
 
 
 def open(name: str | Path, *, offline: bool = False) -> Checkpoint:
@@ -64,3 +66,38 @@ def apply(
     check_parents(kind, len(parents))
     opened = [p if isinstance(p, Checkpoint) else open(p) for p in parents]
     return run_op(build_op(kind, params), opened, Path(out) if out is not None else None, options=options)
+
+
+def operation(name: str) -> Callable[..., RunResult]:
+    """The operation called `name` as a function: `surgery.cast("dit-digits", dtype="bf16", out="half")`. An underscore
+    stands for a hyphen. Raises `AttributeError` for a name that is none."""
+    op = name.replace("_", "-")
+    if op not in OPS:
+        raise AttributeError(f"module 'surgery' has no attribute '{name}'")
+    call = partial(apply, op)
+    call.__doc__ = load_op(op).__doc__
+    return call
+
+
+def run(
+    recipe: str | Path,
+    out: str | Path | None = None,
+    *,
+    set: Mapping[str, Any] | None = None,
+    options: RunOptions | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> dict[str, RunResult]:
+    """Carry out a recipe file, ours or mergekit's, as `surgery run` does; returns the results of its outputs by name.
+
+        surgery.run("recipes/edits.yaml", out="out/deeper", set={"deeper.layers": "0-4,1-5"})
+
+    `set` is what --set is on the command line. Raises the errors of the recipe and of its operations.
+    """
+    from surgery.graph.recipe import read_recipe
+    from surgery.graph.schedule import run_recipe
+
+    changes = [f"{key}={value}" for key, value in (set or {}).items()]
+    read = read_recipe(Path(recipe), changes=changes)
+    options = options or RunOptions()
+    place = Path(out) if out is not None else None
+    return run_recipe(read, load_op, partial(open_named, offline=options.offline), place, options=options, warn=warn)

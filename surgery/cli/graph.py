@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -75,11 +76,17 @@ def log(
     source: Source,
     as_json: AsJson = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Also say how each group of tensors came to be.")] = False,
+    dot: Annotated[bool, typer.Option("--dot", help="Print the graph in the language of Graphviz.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the graph as a picture.")] = None,
     offline: Offline = False,
 ) -> None:
     """Show how a checkpoint came to be, back to the root.
 
-    Example:  surgery log out/hyena
+    Examples:
+
+      surgery log out/hyena
+
+      surgery log out/hyena --svg history.svg
     """
     checkpoint = open_source(source, offline=offline)
     record = checkpoint.lineage
@@ -89,6 +96,17 @@ def log(
             f"{checkpoint.name}: no surgery.json beside the weights",
             hint="not made by surgery: it is a root of the graph",
         )
+    if svg is not None or dot:
+        from surgery.graph.picture import draw_dot, draw_svg, lineage_picture
+        from surgery.store.writer import atomic_write
+
+        picture = lineage_picture(checkpoint.name, record)
+        if svg is not None:
+            atomic_write(svg, draw_svg(picture).encode())
+            output.note(f"drawn: {svg}")
+        if dot:
+            output.data(draw_dot(picture))
+            return
     if as_json:
         output.data_json(record)
         return
@@ -154,9 +172,11 @@ def _tree(record: Mapping[str, Any], ancestors: dict[str, Any], tensors: bool, i
     params = ", ".join(f"{k}={_short(v)}" for k, v in step["params"].items() if v not in (None, "", [], False))
     lines = [f"{indent}└─ {step['op']} v{step['version']}  {params}  seed={step['seed']}"]
     inner = indent + "   "
-    lines.append(
-        f"{inner}digest {record['digest'][:23]}…  {record['created']}  torch {record['environment'].get('torch')}"
-    )
+    if record["digest"].startswith("derived:"):
+        lines.append(f"{inner}made on the way, never written")
+    else:
+        made = f"{record['created']}  torch {record['environment'].get('torch')}"
+        lines.append(f"{inner}digest {record['digest'][:23]}…  {made}")
     for name, value in step.get("training", {}).items():
         if not isinstance(value, list | dict):
             lines.append(f"{inner}{name}: {value}")

@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("surgery.cli.recipe:run", "Carry out the steps of a recipe."),
     "plan": ("surgery.cli.recipe:plan", "Say what a recipe will do and cost, from headers alone."),
     "schema": ("surgery.cli.recipe:schema", "Print the JSON schema of recipes."),
+    "completion": ("surgery.cli.completion:completion", "Print a script that lets a shell complete commands."),
 }
 # name -> (one line, its commands); a command that is given as such a pair is a group inside the group.
 Commands = Mapping[str, tuple[str, Any]]
@@ -105,6 +106,15 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
             ),
         },
     ),
+    "cache": (
+        "Look at the results that are kept, and drop some.",
+        {
+            "ls": ("surgery.cli.cache:ls", "List the cached results, the longest unused first."),
+            "path": ("surgery.cli.cache:path", "Print the folder of the cache, or of one result."),
+            "gc": ("surgery.cli.cache:gc", "Remove the longest unused results until the rest fits."),
+            "verify": ("surgery.cli.cache:verify", "Read every byte of the cached results; drop the damaged ones."),
+        },
+    ),
     "kernels": (
         "Compile and time the kernels for routed experts.",
         {
@@ -114,7 +124,6 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
     ),
 }
 
-_WITHOUT_ARGUMENTS = ("demo", "schema")
 _WIDE = {"max_content_width": 110}
 _EPILOG = "Start with: surgery demo.  Every command explains itself: surgery graft --help."
 
@@ -221,6 +230,12 @@ def _group(name: str, summary: str, members: Commands) -> Any:
     return command
 
 
+def _needs_words(function: Any) -> bool:
+    from inspect import Parameter, signature
+
+    return any(p.default is Parameter.empty for p in signature(function).parameters.values())
+
+
 def _load(name: str, target: str, summary: str) -> Any:
     if target.startswith("op:"):
         from surgery.cli.operation import command_function
@@ -235,7 +250,7 @@ def _load(name: str, target: str, summary: str) -> Any:
         name=name,
         cls=_PlainCommand,
         help=_help(function.__doc__ or summary),
-        no_args_is_help=name not in _WITHOUT_ARGUMENTS,
+        no_args_is_help=_needs_words(function),
         context_settings=_WIDE,
     )(function)
     command = typer.main.get_command(app)

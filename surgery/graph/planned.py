@@ -123,7 +123,7 @@ def planned_checkpoint(
         for entry in shard.entries:
             offset, count = shard.file.places[entry.name]
             tensors[part][entry.name] = TensorRef(entry.name, entry.dtype, entry.shape, path, offset, count)
-            source = source_of(entry, made.op, made.parents, made.seed)
+            source = None if written else source_of(entry, made.op, made.parents, made.seed)
             if source is not None:
                 sources[path, entry.name] = source
     copied = {f.relative for f in plan.files}

@@ -31,6 +31,15 @@ def test_the_example_of_steering_leaves_a_rule_that_can_be_read(tmp_path: Path) 
     assert (tmp_path / "out/rules.json").is_file()
 
 
+def test_the_example_of_recipes_finds_and_takes_what_is_there(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/recipe_api.py"), str(tmp_path / "out")]
+    env = {**ENV, "SURGERY_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "found again: True" in done.stdout and "the same by hand: True" in done.stdout
+    assert "edited: 66 computed tensors taken" in done.stdout
+
+
 @pytest.mark.slow
 def test_the_shell_example_ends_with_a_verified_graft(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "examples/graft_digits.sh"), str(tmp_path / "out")]

@@ -42,7 +42,8 @@ def source_of(entry: Entry, op: Op, parents: Sequence[Checkpoint], seed: int) ->
 
 
 def _origin(parent: Checkpoint, ref: TensorRef) -> Source:
-    return parent.sources[ref.file, ref.name] if isinstance(parent, Planned) else ref
+    fused = isinstance(parent, Planned) and not parent.written
+    return parent.sources[ref.file, ref.name] if fused else ref  # type: ignore[attr-defined]
 
 
 def plan_jobs(
