@@ -47,6 +47,7 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
     "train": (
         "Train models by the methods of the toolkit.",
         {
+            "coe": ("op:train-coe", "Train a Chain-of-Experts, and its unconverted model with the same budget."),
             "diffusion": ("op:train-diffusion", "Train or finetune a diffusion transformer with its own loss."),
             "classifier": ("op:train-classifier", "Train the small classifier whose features compare images."),
             "scenes": ("op:train-scenes", "Train a small LLaVA to answer where things are in drawn scenes."),

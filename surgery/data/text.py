@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, UsageError
+from surgery.store.digests import file_digest
 
 STDLIB = "stdlib"
 _FILES = 60
@@ -34,6 +35,14 @@ def read_text(name: str) -> str:
 def text_digest(text: str) -> str:
     """sha256 of the text: what a result depends on beside its parents."""
     return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def source_digest(name: str) -> dict[str, str]:
+    """{"data": sha256} of what `name` leads to now; empty when it is not there, which reading it will say."""
+    if name == STDLIB:
+        return {"data": text_digest(read_text(name))}
+    path = Path(name)
+    return {"data": "sha256:" + file_digest(path)} if path.is_file() else {}
 
 
 def token_ids(text: str, tokenizer: Any | None, vocabulary: int) -> Any:

@@ -17,6 +17,7 @@ OPS: Mapping[str, str] = {
     "extract": "surgery.ops.extract:Extract",
     "reshard": "surgery.ops.reshard:Reshard",
     "adaptvis-attach": "surgery.ops.adaptvis:AdaptVis",
+    "train-coe": "surgery.ops.train_coe:TrainCoe",
     "train-diffusion": "surgery.ops.train_diffusion:TrainDiffusion",
     "train-classifier": "surgery.ops.train_classifier:TrainClassifier",
     "train-scenes": "surgery.ops.train_scenes:TrainScenes",
