@@ -90,6 +90,15 @@ def test_the_study_of_merging_shows_what_it_says(tmp_path: Path) -> None:
     assert halves["3-5", 0.5] > halves["0-2", 0.5]
 
 
+@pytest.mark.slow
+def test_the_coe_toy_begins_where_its_base_stands_and_trains(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/coe_toy.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "append: function bit-exact" in done.stdout and "split: function rounding" in done.stdout
+    assert done.stdout.splitlines()[-1] == "collapsed: the same bytes"
+
+
 def test_every_example_is_run_by_a_test() -> None:
     text = Path(__file__).read_text()
     missing = [p.name for p in (ROOT / "examples").iterdir() if p.suffix in (".py", ".sh") and p.name not in text]

@@ -15,7 +15,7 @@ from surgery.store.checkpoint import open_checkpoint
 from surgery.store.names import open_named
 
 Run = Callable[..., Any]
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
 
 GRAFT = """\
 surgery: 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.arch.language.load import load_model, load_processor
+from surgery.arch.language.load import load_model, load_processor, quiet_transformers
 from surgery.arch.moe.build import model_class
 from surgery.arch.moe.carrying import base_config
 from surgery.arch.moe.families import COE, FAMILIES, chain_family
@@ -54,6 +54,11 @@ def train(op: "TrainCoe", ctx: TrainContext, plan: Plan, *parents: Checkpoint) -
 
     Raises `ResourceError` for a large model on a CPU, `NonFiniteLoss`, and the errors of the data.
     """
+    with quiet_transformers():
+        return _train(op, ctx, plan, *parents)
+
+
+def _train(op: "TrainCoe", ctx: TrainContext, plan: Plan, *parents: Checkpoint) -> TrainResult:
     parameters = plan.report["parameters"]
     if ctx.device == "cpu" and parameters > SLOW_ON_A_CPU and not op.slow:
         raise ResourceError(

@@ -124,7 +124,7 @@ def run_stage(
             bf16=stage.autocast,
             logging_steps=max(1, stage.steps // 50),
             logging_nan_inf_filter=False,
-            save_strategy="steps" if stage.save_every else "no",
+            save_strategy="steps" if 0 < stage.save_every < stage.steps else "no",
             save_steps=stage.save_every or 500,
             save_total_limit=1,
             report_to=[],
