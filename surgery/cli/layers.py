@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,11 @@ _Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps."
 _Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")]
 _Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.csv", help="Write the rows of the table.")]
 _Png = Annotated[Path | None, typer.Option("--png", metavar="FILE.png", help="Draw them.")]
+_Records = Annotated[
+    Path | None, typer.Option("--records", metavar="FILE.jsonl", help="Keep every measurement, for --resume.")
+]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on with the measurements in --records.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, from headers alone.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 _Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -70,6 +76,9 @@ def probe_layers(
     threads: _Threads = None,
     out: _Out = None,
     png: _Png = None,
+    records: _Records = None,
+    resume: _Resume = False,
+    dry_run: _DryRun = False,
     overwrite: _Overwrite = False,
     offline: _Offline = False,
     as_json: _Json = False,
@@ -83,7 +92,7 @@ def probe_layers(
     With another model's layers:  surgery probe layers ./vlm --eval q.jsonl --ablate donor --donor ./llm --metric acc
     """
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
-    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite)
+    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite, records, resume)
     named = {"base": base, "donor": donor}
     source = named.pop(ablate, None)
     if next(iter(v for v in named.values() if v), None) or (ablate in ("base", "donor") and source is None):
@@ -92,22 +101,30 @@ def probe_layers(
         )
     host = open_source(model, offline=offline)
     other = open_source(source, offline=offline) if source is not None else None
-    from surgery.arch.language.load import load
+    from surgery.arch.language.load import language_config, load
+    from surgery.arch.language.towers import language_tower, shapes_of
     from surgery.arch.layers import parse_spans
     from surgery.evals.layers.measures import measure
     from surgery.evals.layers.profile import probe_layers as probe
     from surgery.evals.layers.profile import rows
-    from surgery.evals.layers.weights import tower_of
 
     items = _items(eval_data, limit, seed, group_by)
+    language_config(host)
+    chosen = parse_spans(layers, language_tower(shapes_of(host.tensors), where=host.name).count)
+    if dry_run:
+        _show_plan(len(items), len(chosen) + 1, {"layers": list(chosen), "ablate": ablate, "module": module}, as_json)
+        return
     loaded = load(host, dtype=dtype, attn=attn, device=device)
-    chosen = parse_spans(layers, len(tower_of(loaded.model, host.name).layers))
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
-    with output.Progress() as report:
+    what = how | {"metric": metric, "ablate": ablate, "module": module, "dtype": dtype, "attn": attn}
+    what |= {"max_new_tokens": max_new_tokens if metric == "acc" else None}
+    keeping = _kept(records, "probe-layers", what, items, host, other, resume, overwrite)
+    with keeping as kept, output.Progress() as report:
         profile = probe(
-            loaded, measured, metric, chosen, ablate=ablate, module=module, other=other, name=host.name, report=report
-        )
+            loaded, measured, metric, chosen, ablate=ablate, module=module, other=other, name=host.name,
+            kept=kept, report=report,
+        )  # fmt: skip
     table = rows(profile, items, group_by)
     settings = {"model": host.name, "digest": f"sha256:{host.digest}", "eval": str(eval_data), "items": len(items)}
     settings |= {"metric": metric, "ablate": ablate, "module": module, "prompt": prompt}
@@ -158,6 +175,9 @@ def sweep_merge(
     threads: _Threads = None,
     out: _Out = None,
     png: _Png = None,
+    records: _Records = None,
+    resume: _Resume = False,
+    dry_run: _DryRun = False,
     overwrite: _Overwrite = False,
     offline: _Offline = False,
     as_json: _Json = False,
@@ -173,7 +193,7 @@ def sweep_merge(
     Windows:  surgery sweep merge ./vlm ./llm --alpha 0.5 --window 8 --stride 4 --eval questions.jsonl --metric nll
     """
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
-    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite)
+    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite, records, resume)
     shares = _shares(alpha)
     if not 0 <= dev < 1:
         raise UsageError("dev", f"--dev {dev:g}: not a share of the items", hint="from 0 to below 1")
@@ -191,11 +211,18 @@ def sweep_merge(
     chosen, warnings = selections(vlm, llm, layers or [], window, stride, force=force)
     for warning in warnings:
         output.warn(warning)
+    if dry_run:
+        points = {"alpha": shares, "layers": [s.label for s in chosen], "tensors": [len(s.tensors) for s in chosen]}
+        _show_plan(len(items), 1 + len(chosen) * sum(share != 1 for share in shares), points, as_json)
+        return
     loaded = load(vlm, dtype=dtype, attn=attn, device=device)
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
-    with output.Progress() as report:
-        found = sweep(loaded, measured, metric, llm, shares, chosen, name=vlm.name, report=report)
+    what = how | {"metric": metric, "dtype": dtype, "attn": attn}
+    what |= {"max_new_tokens": max_new_tokens if metric == "acc" else None}
+    keeping = _kept(records, "sweep-merge", what, items, vlm, llm, resume, overwrite)
+    with keeping as kept, output.Progress() as report:
+        found = sweep(loaded, measured, metric, llm, shares, chosen, name=vlm.name, done=kept, report=report)
     table = rows(found, items, choose, group_by)
     result: dict[str, Any] = {
         "host": vlm.name, "donor": llm.name, "eval": str(eval_data), "items": len(items), "metric": metric,
@@ -223,14 +250,25 @@ def sweep_merge(
     _mention(out, png)
 
 
-def _prepare(device: str, threads: int | None, files: Sequence[tuple[Path | None, str]], overwrite: bool) -> None:
+def _prepare(
+    device: str,
+    threads: int | None,
+    files: Sequence[tuple[Path | None, str]],
+    overwrite: bool,
+    records: Path | None,
+    resume: bool,
+) -> None:
     check_device(device)
+    if records is not None and records.suffix != ".jsonl":
+        raise UsageError("out", f"{records}: records are written as .jsonl", hint=f"{records.stem}.jsonl")
+    if resume and records is None:
+        raise UsageError("resume", "--resume needs the file to go on with", hint="name it with --records")
     for path, suffix in files:
         if path is None:
             continue
         if path.suffix != suffix:
             raise UsageError("out", f"{path}: this is written as {suffix}", hint=f"{path.stem or 'out/rows'}{suffix}")
-        if os.path.lexists(path) and (not overwrite or not path.is_file()):
+        if os.path.lexists(path) and (not (overwrite or resume) or not path.is_file()):
             raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")
     if threads:
         import torch
@@ -244,6 +282,45 @@ def _items(data: Path, limit: int | None, seed: int, group_by: str | None) -> li
     items = read_items(data, limit=limit, seed=seed)
     check_groups(items, [group_by] if group_by else [])
     return items
+
+
+@contextmanager
+def _kept(
+    path: Path | None,
+    kind: str,
+    what: dict[str, Any],
+    items: list[Any],
+    model: Any,
+    other: Any,
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[Any]:
+    """What was measured before, if a file of records is kept; the file belongs to these models, items and settings."""
+    from surgery.evals.layers.measures import Kept
+    from surgery.evals.records import Records, fingerprint
+    from surgery.evals.vqa.evaluate import asked
+
+    if path is None:
+        yield Kept()
+        return
+    template = what["template"]
+    settings = what | {
+        "template": fingerprint(template) if template else None,
+        "model": f"sha256:{model.digest}",
+        "other": f"sha256:{other.digest}" if other else None,
+        "items": fingerprint([asked(item) for item in items]),
+    }
+    with Records(path, kind, settings, resume=resume, overwrite=overwrite) as records:
+        yield Kept(records)
+
+
+def _show_plan(items: int, passes: int, plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.data_json({"items": items, "measurements": passes, **plan})
+        return
+    for key, value in plan.items():
+        output.data(f"{key:8} " + (", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    output.data(f"measures {items:,} items {passes:,} times, the model as it is among them")
 
 
 def _shares(text: str) -> list[float]:

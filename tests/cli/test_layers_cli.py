@@ -98,6 +98,36 @@ def test_a_sweep_chooses_on_one_part_and_reports_on_the_other(
     assert len(table.stdout.splitlines()) == 3 and is_picture(tmp_path / "w.png")
 
 
+@pytest.mark.parametrize("kind", ["probe", "sweep"])
+def test_a_killed_run_goes_on_to_the_same_table(
+    command: Run, tiny_llava: Path, donor: Path, data: Path, tmp_path: Path, kind: str
+) -> None:
+    args: tuple[Any, ...] = ("probe", "layers", tiny_llava, "--eval", data, *FEW)
+    if kind == "sweep":
+        args = ("sweep", "merge", tiny_llava, donor, "--eval", data, *FEW, "--metric", "nll", "--alpha", "1,0.8,0.4")
+    whole = command(*args, "--records", "r.jsonl", "--json")
+    assert whole.code == 0, whole.stderr
+    lines = (tmp_path / "r.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == (6 if kind == "probe" else 4)
+    (tmp_path / "r.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:9])
+    again = command(*args, "--records", "r.jsonl", "--resume", "--json")
+    assert (again.code, again.stdout) == (0, whole.stdout), again.stderr
+    assert (tmp_path / "r.jsonl").read_bytes() == b"".join(lines)
+    error(command(*args, "--records", "r.jsonl"), "output.exists")
+    assert "batch" in error(command(*args, "--batch", "2", "--records", "r.jsonl", "--resume"), "usage.other-settings")
+    data.write_text(data.read_text().replace("0+1=", "0+2="))
+    assert "items" in error(command(*args, "--records", "r.jsonl", "--resume"), "usage.other-settings")
+    error(command(*args, "--resume"), "usage.resume")
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(command: Run, tiny_llava: Path, donor: Path, data: Path) -> None:
+    ended = command("probe", "layers", tiny_llava, "--eval", data, "--layers", "2-", "--dry-run")
+    assert ended.code == 0 and "layers   2, 3" in ended.stdout and "8 items 3 times" in ended.stdout
+    args = ("sweep", "merge", tiny_llava, donor, "--eval", data, "--window", "2", "--alpha", "1,0.5", "--dry-run")
+    shown = json.loads(command(*args, "--json").stdout)
+    assert (shown["items"], shown["measurements"], shown["layers"]) == (8, 4, ["0-1", "1-2", "2-3"])
+
+
 def test_refusals(
     command: Run, tiny_llava: Path, tiny_llama: Path, tiny_dit: Path, donor: Path, data: Path, tmp_path: Path
 ) -> None:

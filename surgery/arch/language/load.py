@@ -107,7 +107,7 @@ def load_processor(base: Checkpoint) -> Any:
 
     Raises CheckpointError when the folder has none, saying which files it lacks.
     """
-    _config(base)
+    language_config(base)
     here = {name for name in base.side_files if "/" not in name}
     if not here & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}:
         raise CheckpointError(
@@ -140,8 +140,8 @@ def load_processor(base: Checkpoint) -> Any:
             ) from err
 
 
-def _config(base: Checkpoint) -> Mapping[str, Any]:
-    """The config, of a checkpoint that is a transformers model."""
+def language_config(base: Checkpoint) -> Mapping[str, Any]:
+    """The config of a checkpoint that is a transformers model; UsageError or CheckpointError for any other."""
     if "" not in base.parts:
         raise UsageError(
             "not-language", f"{base.name}: a pipeline, not a language model", hint=f"parts: {', '.join(base.parts)}"
@@ -157,12 +157,14 @@ def _config(base: Checkpoint) -> Mapping[str, Any]:
 
 
 def _is_multimodal(base: Checkpoint) -> bool:
-    return any(k in _config(base) for k in ("vision_config", "vit_config", "image_token_index", "image_token_id"))
+    return any(
+        k in language_config(base) for k in ("vision_config", "vit_config", "image_token_index", "image_token_id")
+    )
 
 
 def _model_class(base: Checkpoint) -> Any:
     """The class that the config names, else the one that fits its model type."""
-    config = _config(base)
+    config = language_config(base)
     if (chain := chain_family(config)) is not None:
         from surgery.arch.moe.build import model_class
 

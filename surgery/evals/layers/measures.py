@@ -12,6 +12,7 @@ import torch
 from surgery.arch.language.load import Loaded
 from surgery.errors import UsageError, closest
 from surgery.evals.layers.weights import tower_of
+from surgery.evals.records import Records
 from surgery.evals.vqa.evaluate import judged
 from surgery.evals.vqa.generate import Scored, answer_nll, batches, generate, with_answers
 from surgery.evals.vqa.prompts import check_images, render
@@ -19,6 +20,26 @@ from surgery.evals.vqa.rows import Item
 
 METRICS = {"acc": "share of right answers", "nll": "-log p of the right answer, in nats"}
 Note = Callable[[str], None]
+
+
+class Kept:
+    """Results of earlier measurements by name, and where new ones are put: in memory, or in a file of records too."""
+
+    def __init__(self, records: Records | None = None) -> None:
+        self._records = records
+        rows = records.done.values() if records is not None else ()
+        self._done: dict[str, list[float]] = {str(r["id"]): list(r["values"]) for r in rows}
+
+    def get(self, name: str, values: Callable[[], list[float]]) -> list[float]:
+        """What was measured under this name; measured now if nothing was."""
+        if name not in self._done:
+            self._done[name] = values()
+            if self._records is not None:
+                self._records.append({"id": name, "values": self._done[name]})
+        return self._done[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._done
 
 
 class Measure(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 from surgery.arch.language.load import Loaded
 from surgery.errors import UsageError
 from surgery.evals.intervals import paired_bootstrap, paired_score
-from surgery.evals.layers.measures import Measure
+from surgery.evals.layers.measures import Kept, Measure
 from surgery.evals.layers.weights import OtherTower, ablation, tower_of
 from surgery.evals.vqa.rows import Item
 from surgery.store.checkpoint import Checkpoint
@@ -40,10 +40,13 @@ def probe_layers(
     module: str = "block",
     other: Checkpoint | None = None,
     name: str = "the model",
+    kept: Kept | None = None,
     report: Report | None = None,
 ) -> Profile:
     """Measure the model intact and with each of `layers` (ascending) changed; its weights end as they were, byte by
-    byte. `other` is the checkpoint that base and donor take layers from. Raises as `ablation` and `OtherTower` do.
+    byte.
+    `other` is the checkpoint that base and donor take layers from, `kept` what was measured before.
+    Raises as `ablation` and `OtherTower` do.
     """
     tower = tower_of(loaded.model, name)
     if (ablate in ("base", "donor")) != (other is not None):
@@ -56,12 +59,16 @@ def probe_layers(
     for layer in layers:  # what cannot be changed is refused before hours of measuring
         if ablate in ("zero", "uniform"):
             ablation(tower, layer, module, ablate)
-    intact = measure.values()
+    kept = kept if kept is not None else Kept()
+    intact = kept.get("intact", measure.values)
     changed: dict[int, Sequence[float]] = {}
     for number, layer in enumerate(sorted(layers)):
+        if (key := f"layer {layer}") in kept:
+            changed[layer] = kept.get(key, measure.values)
+            continue
         measure.start(layer)
         with ablation(tower, layer, module, ablate, theirs).applied():
-            changed[layer] = measure.values()
+            changed[layer] = kept.get(key, measure.values)
         if report is not None:
             mean = sum(changed[layer]) / len(intact)
             report("layers", {"done": number + 1, "n": len(layers), metric: mean})

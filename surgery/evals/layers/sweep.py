@@ -15,7 +15,7 @@ from torch import nn
 from surgery.arch.language.load import Loaded
 from surgery.arch.merging.pair import Request, plan_pair
 from surgery.errors import CheckpointError, UsageError, printable
-from surgery.evals.layers.measures import Measure
+from surgery.evals.layers.measures import Kept, Measure
 from surgery.evals.layers.profile import difference, groups
 from surgery.evals.layers.weights import OtherTower, Tower, kept, tower_of
 from surgery.evals.vqa.rows import Item
@@ -81,10 +81,12 @@ def sweep_merge(
     chosen: Sequence[Selection],
     *,
     name: str = "the host",
+    done: Kept | None = None,
     report: Report | None = None,
 ) -> Sweep:
     """Measure the host, and the merge of each selection at each host share; the weights end as they were, byte by byte.
 
+    `done` holds what was measured before.
     Raises UsageError for a share outside [0, 1], CheckpointError when the donor's tower does not fit.
     """
     for alpha in alphas:
@@ -92,18 +94,24 @@ def sweep_merge(
             raise UsageError("alpha", f"a host share of {alpha:g}", hint="from 0 (the donor) to 1 (the host)")
     tower = tower_of(loaded.model, name)
     theirs = OtherTower(tower, name, donor)
-    host = measure.values()
+    done = done if done is not None else Kept()
+    host = done.get("host", measure.values)
     points: dict[tuple[str, float], Sequence[float]] = {}
     for selection in chosen:
+        keys = {alpha: f"layers {selection.label}, alpha {alpha:g}" for alpha in alphas}
+        if all(alpha == 1 or key in done for alpha, key in keys.items()):
+            points |= {(selection.label, a): host if a == 1 else done.get(k, measure.values) for a, k in keys.items()}
+            continue
         measure.start(selection.first)
         mine = _parameters(tower, theirs, selection)
         donors = [theirs.read(n).to(p.device) for n, p in mine.items()]
         with kept(list(mine.values())), torch.no_grad():
             hosts = [p.detach().clone() for p in mine.values()]
             for alpha in alphas:
-                for parameter, h, d in zip(mine.values(), hosts, donors, strict=True):
-                    parameter.copy_(blend(h, d, alpha))
-                points[selection.label, alpha] = host if alpha == 1 else measure.values()
+                if keys[alpha] not in done:
+                    for parameter, h, d in zip(mine.values(), hosts, donors, strict=True):
+                        parameter.copy_(blend(h, d, alpha))
+                points[selection.label, alpha] = host if alpha == 1 else done.get(keys[alpha], measure.values)
                 if report is not None:
                     mean = sum(points[selection.label, alpha]) / len(host)
                     report(

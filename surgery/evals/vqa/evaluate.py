@@ -52,7 +52,7 @@ def evaluate(
     try:
         done: dict[str, Mapping[str, Any]] = dict(records.done) if records else {}
         todo = [item for item in items if item.id not in done]
-        _check_asked(items, done)
+        _check_same(items, done)
         if todo:
             _ask(base, todo, done, records, prompt, template, batch, max_new_tokens, (dtype, attn, device), report)
     finally:
@@ -82,13 +82,13 @@ def _ask(
     prompts = [render(loaded.processor, item, prompt, template=template) for item in todo]
     finished = 0
     for chosen in batches(todo, prompts, batch):
-        asked = [todo[i] for i in chosen]
-        answers = generate(loaded, [prompts[i] for i in chosen], asked, max_new_tokens=max_new_tokens)
-        for place, item, answer in zip(chosen, asked, answers, strict=True):
+        together = [todo[i] for i in chosen]
+        answers = generate(loaded, [prompts[i] for i in chosen], together, max_new_tokens=max_new_tokens)
+        for place, item, answer in zip(chosen, together, answers, strict=True):
             row = judged(item, answer.text) | {
                 "tokens": answer.tokens,
                 "cut": not answer.ended,
-                "asked": _asked(item),
+                "asked": asked(item),
                 "prompt": fingerprint(prompts[place]),
             }
             done[item.id] = row
@@ -146,16 +146,16 @@ def _numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _asked(item: Item) -> str:
+def asked(item: Item) -> str:
     """Fingerprint of everything about an item that its result depends on, pictures included."""
     pictures = [fingerprint(p.content().hex()) for p in item.images]
     return fingerprint([item.question, item.answer, item.choices, item.answer_type, item.precision, pictures])
 
 
-def _check_asked(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_same(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse records of other questions under the same ids."""
     for item in items:
-        if item.id in done and done[item.id].get("asked") != _asked(item):
+        if item.id in done and done[item.id].get("asked") != asked(item):
             raise UsageError(
                 "other-data",
                 f"item '{item.id}' was another question when its record was made",
