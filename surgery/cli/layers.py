@@ -104,9 +104,6 @@ def probe_layers(
     from surgery.arch.language.load import language_config, load
     from surgery.arch.language.towers import language_tower, shapes_of
     from surgery.arch.layers import parse_spans
-    from surgery.evals.layers.measures import measure
-    from surgery.evals.layers.profile import probe_layers as probe
-    from surgery.evals.layers.profile import rows
 
     items = _items(eval_data, limit, seed, group_by)
     language_config(host)
@@ -114,6 +111,10 @@ def probe_layers(
     if dry_run:
         _show_plan(len(items), len(chosen) + 1, {"layers": list(chosen), "ablate": ablate, "module": module}, as_json)
         return
+    from surgery.evals.layers.measures import measure
+    from surgery.evals.layers.profile import probe_layers as probe
+    from surgery.evals.layers.profile import rows
+
     loaded = load(host, dtype=dtype, attn=attn, device=device)
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
@@ -201,13 +202,9 @@ def sweep_merge(
         raise UsageError("window", "--stride goes with --window", hint="say how many layers a window has")
     vlm, llm = open_source(host, offline=offline), open_source(donor, offline=offline)
     from surgery.arch.language.load import load
-    from surgery.evals.layers.measures import measure
-    from surgery.evals.layers.sweep import pick, rows, selections, split_items
-    from surgery.evals.layers.sweep import sweep_merge as sweep
+    from surgery.evals.layers.selections import selections
 
     items = _items(eval_data, limit, seed, group_by)
-    everything = list(range(len(items)))
-    choose, rest = split_items(items, dev, seed, group_by) if dev else (everything, everything)
     chosen, warnings = selections(vlm, llm, layers or [], window, stride, force=force)
     for warning in warnings:
         output.warn(warning)
@@ -215,6 +212,12 @@ def sweep_merge(
         points = {"alpha": shares, "layers": [s.label for s in chosen], "tensors": [len(s.tensors) for s in chosen]}
         _show_plan(len(items), 1 + len(chosen) * sum(share != 1 for share in shares), points, as_json)
         return
+    from surgery.evals.layers.measures import measure
+    from surgery.evals.layers.sweep import pick, rows, split_items
+    from surgery.evals.layers.sweep import sweep_merge as sweep
+
+    everything = list(range(len(items)))
+    choose, rest = split_items(items, dev, seed, group_by) if dev else (everything, everything)
     loaded = load(vlm, dtype=dtype, attn=attn, device=device)
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)

@@ -13,25 +13,15 @@ import torch
 from torch import nn
 
 from surgery.arch.language.load import Loaded
-from surgery.arch.merging.pair import Request, plan_pair
 from surgery.errors import CheckpointError, UsageError, printable
 from surgery.evals.layers.measures import Kept, Measure
 from surgery.evals.layers.profile import difference, groups
+from surgery.evals.layers.selections import Selection
 from surgery.evals.layers.weights import OtherTower, Tower, kept, tower_of
 from surgery.evals.vqa.rows import Item
 from surgery.store.checkpoint import Checkpoint
 
 Report = Callable[[str, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What is merged at once: the words of `--layers`, the first layer of them, and the canonical names of all tensors.
-    Without --layers (`all`) the final norm is among them, as in `surgery merge`."""
-
-    label: str
-    first: int
-    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,35 +31,6 @@ class Sweep:
     metric: str
     host: Sequence[float]
     points: Mapping[tuple[str, float], Sequence[float]]
-
-
-def selections(
-    host: Checkpoint,
-    donor: Checkpoint,
-    specs: Sequence[str] = (),
-    window: int | None = None,
-    stride: int | None = None,
-    *,
-    force: bool = False,
-) -> tuple[list[Selection], tuple[str, ...]]:
-    """The merge of each spec of `--layers`, then of every window of so many layers, or of everything; and warnings.
-
-    Each is planned as `surgery merge` plans it, from headers, so that it is refused or warned of alike. Raises
-    UsageError for a spec or window that does not fit, CheckpointError when the donor does not.
-    """
-    whole = plan_pair(Request(force=force), host, donor, None)
-    count = whole.report["layers"]["of"]
-    wanted = list(specs)
-    if window is not None:
-        if not 1 <= window <= count:
-            raise UsageError("window", f"a window of {window} layers", hint=f"from 1 to the tower's {count}")
-        stops = ((start, start + window - 1) for start in range(0, count - window + 1, stride or 1))
-        wanted += [f"{first}-{last}" if last > first else str(first) for first, last in stops]
-    out = []
-    for spec in dict.fromkeys(wanted or ["all"]):
-        plan = whole if spec == "all" else plan_pair(Request(layers=spec, force=force), host, donor, None)
-        out.append(Selection(spec, min(plan.report["layers"]["selected"]), tuple(plan.report["tensors"])))
-    return out, whole.warnings
 
 
 def sweep_merge(

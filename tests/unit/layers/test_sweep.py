@@ -11,7 +11,8 @@ import surgery
 from surgery.arch.language.load import Loaded, load
 from surgery.errors import CheckpointError, UsageError
 from surgery.evals.layers.measures import measure
-from surgery.evals.layers.sweep import Sweep, blend, pick, rows, selections, split_items, sweep_merge
+from surgery.evals.layers.selections import selections
+from surgery.evals.layers.sweep import Sweep, blend, pick, rows, split_items, sweep_merge
 from surgery.evals.vqa.rows import Item
 
 
