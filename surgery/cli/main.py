@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "rename": ("op:rename", "Rename tensors by patterns."),
     "slice": ("op:slice", "Keep, drop and repeat blocks of a model."),
     "extract": ("op:extract", "Take one part out of a pipeline, or one tower out of a model."),
+    "scale": ("op:scale", "Multiply chosen tensors by a number."),
     "reshard": ("op:reshard", "Store a checkpoint in files of another size."),
     "sample": ("surgery.cli.images:sample", "Draw images from a class-conditional diffusion transformer."),
     "init": ("op:init", "Make a checkpoint of a known architecture with random weights."),

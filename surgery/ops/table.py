@@ -16,6 +16,7 @@ OPS: Mapping[str, str] = {
     "slice": "surgery.ops.slice:Slice",
     "extract": "surgery.ops.extract:Extract",
     "reshard": "surgery.ops.reshard:Reshard",
+    "scale": "surgery.ops.scale:Scale",
     "adaptvis-attach": "surgery.ops.adaptvis:AdaptVis",
     "train-coe": "surgery.ops.train_coe:TrainCoe",
     "train-diffusion": "surgery.ops.train_diffusion:TrainDiffusion",

@@ -1,5 +1,6 @@
 """Every file in examples/ runs as written."""
 
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,17 @@ def test_the_coe_toy_begins_where_its_base_stands_and_trains(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "append: function bit-exact" in done.stdout and "split: function rounding" in done.stdout
     assert done.stdout.splitlines()[-1] == "collapsed: the same bytes"
+
+
+@pytest.mark.slow
+def test_the_control_gains_and_the_healthy_model_does_not(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "examples/adaptvis_control.sh"), str(tmp_path / "out"), "60"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    flat, healthy = (json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in ("flat", "llava-scenes"))
+    assert flat["methods"]["scaling"]["gain"]["interval"][0] > 0.2
+    assert healthy["methods"]["scaling"]["gain"]["interval"][0] <= 0.02
+    assert done.stdout.splitlines()[-1].startswith("ok ")
 
 
 def test_every_example_is_run_by_a_test() -> None:
