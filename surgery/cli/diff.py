@@ -26,6 +26,10 @@ def diff(
     tol: Annotated[
         float | None, typer.Option("--tol", help="Values this close count as equal, whatever their dtype.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="What A and B came from: how each moved, by layer and group."),
+    ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave configs and other files out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
@@ -36,9 +40,18 @@ def diff(
     Names, dtypes and shapes come from headers; tensors of equal digest are not read twice; the others are streamed.
     Missing and added are seen from A. Relative L2 is |a-b|/|a|, over the tensors that changed.
 
+    With --base, A is a model with a language tower, B and the base are text models or of A's kind: the table says how
+    far each moved from the base, whether in the same direction, and how much of a merge of 0.9 A and 0.1 B would arrive
+    after rounding. Where both moved far and not alike, merging them fails.
+
     Example:  surgery diff dit-digits out/hyena --tensors
+
+    Before a merge:  surgery diff ./vlm ./llm --base ./base
     """
     output.Talk.quiet = quiet
+    if base is not None:
+        _moves(a, b, base, as_json=as_json, offline=offline)
+        return
     if tol is not None and not (math.isfinite(tol) and tol >= 0):
         raise UsageError("tol", f"--tol {tol}: not a distance", hint="0 compares values, leave it out for bytes")
     if a == b == "-":
@@ -66,6 +79,31 @@ def diff(
         f"{found.names[0]} and {found.names[1]} differ: {_sentence(found)}",
         hint="--tensors lists every one" if found.beyond and not tensors else "",
     )
+
+
+def _moves(a: str, b: str, base: str, *, as_json: bool, offline: bool) -> None:
+    """Host and donor against their base."""
+    from surgery.arch.merging.difference import compare_towers
+
+    if [a, b, base].count("-") > 1:
+        raise UsageError("stdin", "only one of them can be -", hint="name the others")
+    host, donor, origin = (open_source(name, offline=offline) for name in (a, b, base))
+    with output.Progress() as report:
+        found = compare_towers(host, donor, origin, report=report)
+    if as_json:
+        output.data_json(found)
+        return
+    header = ["where", "|A-base|", "|B-base|", "B to A", "|A-B|", "cosine", "opposed", "transfer"]
+    rows = [*found["layers"], *found["groups"], found["all"]]
+    output.table(header, [["" if v is None else v for v in row.values()] for row in rows])
+    spark = _spark([row["cosine"] for row in found["layers"] if isinstance(row["where"], int)])
+    output.note(f"cosine of both moves by layer: {spark}  (-1 to 1)")
+
+
+def _spark(values: list[float | None]) -> str:
+    """One character a value between -1 and 1."""
+    levels = "▁▂▃▄▅▆▇█"
+    return "".join(" " if v is None else levels[min(7, max(0, int((v + 1) * 4)))] for v in values)
 
 
 def to_json(found: Comparison) -> dict[str, Any]:
