@@ -27,7 +27,7 @@ def part_names(base: Checkpoint) -> tuple[PartNames, ...]:
 def output_base(base: Checkpoint, part: Part) -> str:
     """The stem of the weight files of `part` in an output folder, one that loaders (and we) recognise there."""
     stem = _LOADED.get(part.base, part.base)
-    return stem if base.layout != "file" or stem in BASES else "model"
+    return stem if base.layout not in ("file", "gguf") or stem in BASES else "model"
 
 
 def kept(part: Part, name: str, ref: TensorRef, *, into: str | None = None) -> Keep:
@@ -51,6 +51,8 @@ def full_name(part: Part, name: str) -> str:
 def side_files(base: Checkpoint, edited: Mapping[str, Any] | None = None) -> tuple[SideFile, ...]:
     """All side files of `base` at their places; those in `edited` (relative path -> JSON value) get new content."""
     edited = edited or {}
+    if base.layout == "gguf":  # what the file says of the model is a config that no file holds
+        edited = {"config.json": base.part().config, **edited}
     files = [SideFile(n, source=str(base.root / n)) for n in base.side_files if n not in edited]
     return tuple(files) + tuple(SideFile(n, content=json_bytes(value)) for n, value in edited.items())
 

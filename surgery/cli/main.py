@@ -45,6 +45,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 # name -> (one line, its commands); a command that is given as such a pair is a group inside the group.
 Commands = Mapping[str, tuple[str, Any]]
 GROUPS: Mapping[str, tuple[str, Commands]] = {
+    "lora": (
+        "Adapters of low rank, in PEFT's format.",
+        {
+            "extract": ("op:lora-extract", "Make an adapter of the difference between two models."),
+            "apply": ("op:lora-apply", "Merge an adapter into its model."),
+        },
+    ),
     "train": (
         "Train models by the methods of the toolkit.",
         {

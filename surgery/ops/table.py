@@ -11,6 +11,8 @@ OPS: Mapping[str, str] = {
     "coe": "surgery.ops.coe:Coe",
     "graft": "surgery.ops.graft:Graft",
     "merge": "surgery.ops.merge:Merge",
+    "lora-extract": "surgery.ops.lora_extract:LoraExtract",
+    "lora-apply": "surgery.ops.lora_apply:LoraApply",
     "cast": "surgery.ops.cast:Cast",
     "rename": "surgery.ops.rename:Rename",
     "slice": "surgery.ops.slice:Slice",

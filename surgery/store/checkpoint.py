@@ -27,7 +27,8 @@ _SMALL = 1 << 20  # bytes
 
 
 class TensorRef(NamedTuple):
-    """Where a tensor lives. `offset` is the file offset of its first byte, or -1 inside a pickle (no byte range)."""
+    """Where a tensor lives. `offset` is the file offset of its first byte, or -1 where there is no byte range: inside a
+    pickle, or quantised in a GGUF file."""
 
     name: str
     dtype: str
@@ -53,7 +54,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`name` is what the user typed, `path` opens it again. `layout` is "hf", "file", "pipeline" or "pickle".
+    """`name` is what the user typed, `path` opens it again. `layout` is "hf", "file", "gguf", "pipeline"
+    or "pickle".
 
     `selected` is a part's name when one part of a pipeline was asked for, `origin` says which repository and commit a
     hub id led to. `side_files` and `ignored` are relative to `root`.
@@ -275,6 +277,8 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
     tensors: dict[str, TensorRef] = {}
     oddities: list[str] = []
     in_file: dict[str, str] = {}
+    config: Mapping[str, Any] | None = None
+    config_file = part.config
     for relative in part.files:
         path = str(layout.root / relative)
         if part.pickle:
@@ -282,6 +286,16 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
 
             pickles[path] = load_pickle(Path(path), key=key)
             refs = [_pickle_ref(name, tensor, path) for name, tensor in pickles[path].items()]
+        elif relative.endswith(".gguf"):
+            from surgery.store.gguf import GgufValues, read_gguf
+
+            file = read_gguf(Path(path))
+            pickles[path] = GgufValues(file)
+            config, config_file = file.config, "config.json"
+            refs = [
+                TensorRef(t.name, t.dtype, t.shape, path, t.offset if t.is_range else -1, nbytes_of(t.dtype, t.shape))
+                for t in file.tensors
+            ]
         else:
             header: Header = read_header(path)
             oddities += [f"{relative}: {oddity}" for oddity in header.oddities]
@@ -301,7 +315,6 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
             in_file[ref.name] = relative
     if part.weight_map is not None:
         _check_index(part, in_file, shown)
-    config = None
     if part.config is not None:
         config = read_json(layout.root / part.config)
         if not isinstance(config, dict):
@@ -309,7 +322,7 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
                 "malformed", f"{layout.root / part.config}: not a JSON object", hint="the config is damaged"
             )
     files = tuple(str(layout.root / f) for f in part.files)
-    return Part(part.name, part.base, tensors, config, part.config, files, tuple(oddities), part.index)
+    return Part(part.name, part.base, tensors, config, config_file, files, tuple(oddities), part.index)
 
 
 def _check_index(part: PartLayout, in_file: Mapping[str, str], shown: str) -> None:

