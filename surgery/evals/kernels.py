@@ -13,7 +13,7 @@ import torch
 
 from surgery.kernels import moe
 from surgery.kernels.moe.chain import Chain, Router, Workspace
-from surgery.kernels.moe.experts import Experts, compute, why_not
+from surgery.kernels.moe.experts import Experts, compute, interpreting, why_not
 
 BACKENDS = ("loop", "grouped_mm", "batched_mm", "triton", "sonicmoe", "liger")
 ASSIGNMENTS = ("balanced", "zipf", "router")
@@ -367,6 +367,8 @@ def _roof(shape: Shape, data: _Data, clock: Clock, bound: Mapping[str, float]) -
 
 def _refusal(name: str, data: _Data) -> str:
     """Why a backend cannot be timed here; empty when it can."""
+    if name == "triton" and interpreting():
+        return "TRITON_INTERPRET is set; how long the interpreter takes says nothing"
     if name in moe.experts.BACKENDS:
         return why_not(name, data.x, data.experts)
     cuda = data.device.startswith("cuda")

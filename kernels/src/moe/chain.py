@@ -102,14 +102,16 @@ def coe_layer(
     """block(n) of the module's text, [T, H] in the dtype of `n`; differentiable in n, routers, experts, alpha and beta.
 
     `routers`: one for each of C iterations (the same object may repeat). `alpha` [C-1, H] or [C-1, 1], `beta` [C, H] or
-    [C, 1]; both are used in fp32, and the sum over iterations is kept in fp32. Shared experts are the last `num_shared`
-    of `experts` (every token goes through them, in the same grouped products) or a function `shared` of z [T, H].
+    [C, 1]; both are used, and the sum over iterations is kept, in fp32 (fp64 for fp64). Shared experts are the last
+    `num_shared` of `experts` (every token goes through them, in the same grouped products) or a function `shared` of z
+    [T, H]. `workspace` holds the buffers of inference on the kernels.
     Raises ValueError, with the shapes, when something does not fit, as `routed_experts` does.
     """
     _check(n, routers, experts, alpha, beta, cfg)
     name = choose(backend, n, experts)
-    alphas = [a.float().expand(n.shape[1]).contiguous() for a in alpha] if alpha is not None else []
-    betas = [b.float().expand(n.shape[1]).contiguous() for b in beta]
+    wide = torch.promote_types(n.dtype, torch.float32)
+    alphas = [a.to(wide).expand(n.shape[1]).contiguous() for a in alpha] if alpha is not None else []
+    betas = [b.to(wide).expand(n.shape[1]).contiguous() for b in beta]
     if name != "triton":
         return _plain(n, routers, experts, alphas, betas, cfg, compute(name), shared)
     from .chain_kernels import infer, train
@@ -127,11 +129,13 @@ def _plain(n, routers, experts, alphas, betas, cfg: Chain, routed, shared) -> to
         m = routed(z, *with_shared(index, weights, experts, cfg.shared(t)), experts)
         if shared is not None and cfg.shared(t):
             m = m + cfg.shared(t) * shared(z)
-        acc = betas[t] * m.float() if acc is None else acc + betas[t] * m.float()
+        wide = m.to(betas[t].dtype)
+        acc = betas[t] * wide if acc is None else torch.addcmul(acc, betas[t], wide)
         if t + 1 < len(routers):
-            z = (cfg.rho * z.float() + alphas[t] * m.float()).to(n.dtype)
+            before = z.to(wide.dtype) if cfg.rho == 1.0 else cfg.rho * z.to(wide.dtype)
+            z = torch.addcmul(before, alphas[t], wide).to(n.dtype)
     if cfg.kappa:
-        acc = acc + cfg.kappa * n.float()
+        acc = acc + cfg.kappa * n.to(acc.dtype)
     return acc.to(n.dtype)
 
 
