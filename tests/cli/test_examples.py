@@ -60,10 +60,10 @@ def test_the_study_of_merging_runs_in_small(
     ended = []
     monkeypatch.setattr(merge_digits, "surgery", lambda *words: ended.append(command(*words)))
     merge_digits.study(tmp_path / "out", 0, shorten=100, per_task=6, shares=(1, 0.5))
-    assert [e.code for e in ended] == [0, 0, 0], ended[-1].stderr
+    assert [e.code for e in ended] == [0] * 7, ended[-1].stderr
     made = {p.name for p in (tmp_path / "out").iterdir()}
     assert made == {
-        "base", "llm", "vlm", "pictures", "questions.jsonl",
+        "base", "llm", "vlm", "merged", "pictures", "questions.jsonl", "vlm.jsonl", "merged.jsonl",
         *(f"{name}.{kind}" for name in ("profile", "curve", "windows") for kind in ("csv", "png")),
     }  # fmt: skip
     shown = merge_digits.table([tmp_path / "out"])
