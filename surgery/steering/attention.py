@@ -152,6 +152,11 @@ class Steering:
 _STACK: ContextVar[tuple[Steering, ...]] = ContextVar("steering", default=())
 
 
+def is_active(state: Steering) -> bool:
+    """Whether `state` steers the thread or task that asks; hooks on a model see the forwards of all of them."""
+    return state in _STACK.get()
+
+
 def _merged(applied: Sequence[Applied]) -> list[Applied]:
     """Alphas of neighbouring logit rules on the same rows and keys multiply; g after 1/g is then nothing at all."""
     out: list[Applied] = []
@@ -269,7 +274,10 @@ def _override(
         if applied.identity:
             continue
         alpha = applied.alphas(layer, heads, batch, device)
-        chosen = row_mask[:, rows].to(device)[:, None, :, None] & _changes(applied, alpha, layer)
+        # A sample without such keys has nothing to steer: it keeps the backend's own bits.
+        chosen = (
+            row_mask[:, rows].to(device)[:, None, :, None] & _changes(applied, alpha, layer) & keys.any(-1)[..., None]
+        )
         steered = torch.where(chosen & keys, _MODES[applied.rule.mode](steered, keys, alpha), steered)
         touched |= chosen
     p_BHRK = _softmax(steered, allowed, bias)
@@ -411,10 +419,12 @@ def _set_backend(model: Any, config: Any, name: str) -> None:
     model.set_attn_implementation(name)
 
 
-def _begin(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Before a forward of the text model: which positions does it hold? Forwards of other threads see no state."""
+def _begin(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+    """Before a forward of the text model: which positions does it hold? Forwards of other threads see no state.
+
+    A hook that another thread takes off while torch goes through the hooks is called without `kwargs`."""
     states = [s for s in _STACK.get() if s.config is module.config]
-    if not states:
+    if not states or kwargs is None:
         return
     shown = kwargs.get("inputs_embeds")
     shown = shown if shown is not None else kwargs.get("input_ids", args[0] if args else None)

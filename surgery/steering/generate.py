@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .attention import MODES, Applied, Rule, Steering, SteeringError, UnsupportedModel, steering
+from .attention import MODES, Applied, Rule, Steering, SteeringError, UnsupportedModel, is_active, steering
 
 VERSION = 1
 CONFIDENCES = ("max-prob", "option-prob", "margin", "entropy")
@@ -103,16 +103,19 @@ class TwoPass:
         self._recorded: list[Any] = []
         state.enabled = False
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """Sliding layers must keep what falls out of their window until the second pass is over."""
-        cache = kwargs.get("past_key_values")
-        if self.outcome is None and self.causal and cache is not None:
-            self._recorded += start_recording(cache)
+        # Torch calls a hook without kwargs while another thread takes it off.
+        if kwargs is not None and is_active(self.state) and self.outcome is None and self.causal:
+            self._recorded += start_recording(kwargs.get("past_key_values"))
 
-    def after(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    def after(self, module: Any, args: tuple[Any, ...], *given: Any) -> Any:
         """The second pass, and the output with its last position's logits replaced; None when nothing changes."""
+        if not is_active(self.state) or self.outcome is not None:
+            return None  # of another thread, or of a later token
+        kwargs, output = given
         state, shown = self.state, shown_argument(args, kwargs)
-        if self.outcome is not None or state.offset + shown.shape[1] != state.prompt_length:
+        if state.offset + shown.shape[1] != state.prompt_length:
             return None
         rows = confidences(output.logits[:, -1], self.policy)
         copies = len(rows) // state.applied[0].keys.shape[0]  # beams and returned sequences of a sample are neighbours

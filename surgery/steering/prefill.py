@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from surgery.errors import UsageError
-from surgery.steering.attention import Steering, steering
+from surgery.steering.attention import Steering, is_active, steering
 from surgery.steering.generate import (
     Policy,
     cheap_rows,
@@ -83,15 +83,17 @@ class Prefill:
         """The prompt through `generate`, for one token; its forward's arguments are kept for the alphas."""
         causal = is_causal(self.model, self.state.config)
 
-        def before(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if causal and not self._kwargs:
-                self._recording += start_recording(kwargs.get("past_key_values"))
+        def before(module: Any, args: tuple[Any, ...], *given: Any) -> None:
+            if is_active(self.state) and causal and not self._kwargs:
+                self._recording += start_recording(given[0].get("past_key_values"))
 
-        def after(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            if not self._kwargs:
+        def after(module: Any, args: tuple[Any, ...], *given: Any) -> None:
+            if is_active(self.state) and not self._kwargs:
+                kwargs, output = given
                 self._kwargs, self._cache = dict(kwargs), output.past_key_values
                 self.logits = output.logits[:, -1].float().clone()
 
+        # Hooks see the forwards of all threads, and what torch gives them of others' may lack kwargs.
         self._causal = causal
         with ExitStack() as hooks:
             hooks.callback(self.model.register_forward_pre_hook(before, with_kwargs=True).remove)

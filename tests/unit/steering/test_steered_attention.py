@@ -233,6 +233,8 @@ def test_a_left_padded_batch_equals_its_single_runs(family: str, backend: str) -
                 with steer(tiny.model, alpha=alpha, inputs=inputs):
                     alone = tiny.model.generate(**inputs, **how).logits
             torch.testing.assert_close(together[row], torch.cat(alone), atol=2e-5, rtol=0)
+        unsteered = torch.stack(tiny.model.generate(**batch, **how).logits, dim=1)
+    assert torch.equal(together[2], unsteered[2])  # nothing to steer: the same bits
 
 
 def test_permuting_image_keys_with_their_values_changes_nothing() -> None:

@@ -97,6 +97,41 @@ def test_threads_do_not_see_each_other() -> None:
     assert tiny.model.config.text_config._attn_implementation == "sdpa" and _IN_USE == {} and hooks(tiny.model) == count
 
 
+def test_adaptive_answers_in_several_threads_do_not_mix() -> None:
+    """Hooks on a model see every thread's forwards; prompts of other lengths and thresholds must not meet."""
+    tiny = tiny_vlm("llava")
+    how = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    work = [(tiny.prompt(after=6), Policy(0.5, 1.5, 2.0)), (tiny.prompt(after=6, seed=1), Policy(0.5, 3.0, 0.0))]
+    wanted = [generate(tiny.model, *w, **how) for w in work]
+    wanted.append((tiny.model.generate(**work[0][0], **how), None))
+    found: list[list[Any]] = [[], [], []]
+    start = threading.Barrier(3)
+    failures: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            start.wait()
+            for _ in range(6):
+                if number == 2:
+                    found[2].append((tiny.model.generate(**work[0][0], **how), None))
+                else:
+                    found[number].append(generate(tiny.model, *work[number], **how))
+        except BaseException as err:  # a thread's error must fail the test
+            failures.append(err)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    for answers, (first, outcome) in zip(found, wanted, strict=True):
+        assert len(answers) == 6
+        for out, decided in answers:
+            assert all(torch.equal(a, b) for a, b in zip(out.logits, first.logits, strict=True))
+            assert decided == outcome
+
+
 def test_a_block_in_which_nothing_ran_is_an_error() -> None:
     tiny = tiny_vlm("llava")
     with pytest.raises(UsageError, match="were not steered"), steer(tiny.model, alpha=0.5, inputs=tiny.prompt()):

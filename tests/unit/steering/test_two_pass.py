@@ -184,6 +184,43 @@ def test_a_prompt_may_go_on_from_an_earlier_cache() -> None:
         close(a, b)
 
 
+def test_hidden_states_that_are_asked_for_are_the_steered_ones() -> None:
+    tiny = tiny_vlm("llava")
+    inputs = tiny.prompt()
+    more = {**HOW, "output_hidden_states": True}
+    found, _ = generate(tiny.model, inputs, LOW, **more)
+    with steer(tiny.model, alpha=0.5, inputs=inputs):
+        whole = tiny.model.generate(**inputs, **more)
+    for a, b in zip(found.hidden_states[0], whole.hidden_states[0], strict=True):
+        assert a.shape == b.shape
+        close(a, b)
+
+
+@pytest.mark.slow
+def test_flex_attention_is_steered_too() -> None:
+    """Compiled for the CPU, which takes a while; its block masks are asked for the rows that are recomputed."""
+    tiny = tiny_vlm("llava")
+    rows = [tiny.prompt(after=9), tiny.prompt(after=5, seed=1, pad=4)]
+    batch = {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
+    with torch.no_grad(), steer(tiny.model, alpha=[0.5, 2.0], inputs=batch):
+        wanted = tiny.model(**batch).logits[:, -1]
+    tiny.model.set_attn_implementation({"text_config": "flex_attention"})
+    try:
+        with torch.no_grad():
+            plain = tiny.model(**batch).logits
+            with steer(tiny.model, alpha=[0.5, 2.0], inputs=batch):
+                found = tiny.model(**batch).logits
+            with steer(tiny.model, alpha=1.0, inputs=batch):
+                assert torch.equal(tiny.model(**batch).logits, plain)
+        close(found[:, -1], wanted)
+        adaptive, outcome = generate(tiny.model, rows[0], LOW, **HOW)
+        assert outcome.passes == "cheap"
+    finally:
+        tiny.model.set_attn_implementation({"text_config": "sdpa"})
+    again, _ = generate(tiny.model, rows[0], LOW, **HOW)
+    close(adaptive.logits[0], again.logits[0])
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
 @pytest.mark.parametrize("rows", ["last:3", "after-image"])
 def test_several_steered_rows_are_run_again_together(family: str, rows: str) -> None:
