@@ -284,7 +284,7 @@ def _arrays(where: Path, names: tuple[str, ...]) -> dict[str, "np.ndarray"]:
             return {name: archive[name] for name in names if name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(
-            "bad-npz", f"{where} cannot be read as a plain .npz archive: {error}", hint="save it with numpy.savez"
+            "bad-npz", f"{where} cannot be read as an .npz archive of plain arrays", hint="save it with numpy.savez"
         ) from error
 
 

@@ -371,7 +371,7 @@ def load_samples(path: str | Path) -> Samples:
         raise CheckpointError("no-samples", f"{path} does not exist", hint="make it with: surgery sample") from error
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            "bad-samples", f"{path} is not a readable .npz file: {error}", hint="make it with: surgery sample"
+            "bad-samples", f"{path} is not an .npz file of plain arrays", hint="make it with: surgery sample"
         ) from error
     images, features = entries.get("arr_0"), entries.get("features")
     if images is None and features is None:

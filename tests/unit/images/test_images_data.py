@@ -132,7 +132,7 @@ def test_npz_takes_each_layout(tmp_path: Path, layout: str) -> None:
         ({"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.arange(4) - 1}, "-1"),
         ({"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.arange(4.0)}, "not 4 integers"),
         ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8), "labels": np.arange(1)}, "at least 2"),
-        ({"arr_0": np.array([{"a": 1}], dtype=object), "labels": np.arange(1)}, "plain .npz"),
+        ({"arr_0": np.array([{"a": 1}], dtype=object), "labels": np.arange(1)}, "plain arrays"),
     ],
 )
 def test_bad_npz_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], says: str) -> None:
