@@ -27,6 +27,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/graft.py
+	$(BIN)/python benchmarks/coe.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/adaptvis.py
 

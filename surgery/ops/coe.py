@@ -261,7 +261,8 @@ class Coe:
         )
         exact = _at_its_start(base, part, config)
         kept_function = ("rounding" if config.get("coe_route") == "split" else "bit-exact") if exact else "changed"
-        warnings = () if exact else (f"{base.name}: its gates were trained; the plain model forgets what they learned",)
+        lost = "its layers compute something else" if config.get("coe_route") == "paper" else "its gates were trained"
+        warnings = () if exact else (f"{base.name}: {lost}; the plain model is not what it was before",)
         return Plan(
             tuple(entries),
             part_names(base),

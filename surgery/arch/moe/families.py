@@ -152,13 +152,14 @@ def find_experts(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], wh
     """The experts of a checkpoint from its headers and config. Raises `UsageError` where no layer has any, and
     `CheckpointError` where names, shapes and config disagree."""
     family = family_of(config, where)
-    layers = tuple(_layers(family, tensors, where))
+    depth = _number(config, ("num_hidden_layers",), where)
+    # Blocks past the depth predict further tokens (DeepSeek-V3, GLM-4.5); Transformers leaves them out.
+    layers = tuple(layer for layer in _layers(family, tensors, where) if layer.number < depth)
     if not layers:
         raise UsageError("no-experts", f"{where}: {family.model_type}, and no layer has experts", hint=_supported())
     count, topk = _number(config, _EXPERTS, where), _number(config, _TOPK, where)
     width = _number(config, ("hidden_size",), where)
     inner = _number(config, ("moe_intermediate_size", "intermediate_size"), where)
-    depth = _number(config, ("num_hidden_layers",), where)
     fused = False
     for layer in layers:
         weight = layer.router["weight"]

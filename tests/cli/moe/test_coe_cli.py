@@ -161,6 +161,15 @@ def test_sharing_one_router_adds_none(command: Run, moe: Path) -> None:
     assert shapes == {"coe_alpha": (1, 1), "coe_beta": (2, 1)}
 
 
+def test_blocks_past_the_depth_are_left_alone(command: Run, moe: Path) -> None:
+    """DeepSeek-V3 ships one more block, for predicting the token after the next, which Transformers does not load."""
+    shutil.copytree(moe, "other")
+    config = json.loads(Path("other/config.json").read_text())
+    Path("other/config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert command("coe", "other", "-o", "coe", "--verify", "keys").code == 0
+    assert {n.split(".")[2] for n in read_header("coe/model-coe-00001.safetensors").tensors} == {"0"}
+
+
 # --- bad input (section 7) -------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,106 @@
+"""What is promised of Chain-of-Experts on a CPU: conversion of 60 GB, and the cost of a split layer.
+
+Run:  python benchmarks/coe.py [--json]
+
+Costs of layers are CPU seconds of one thread, converted and unconverted in turns in one process, medians.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import SURGERY, finish, row, run
+
+from surgery.store.header import plan_header
+
+SIZES = ((256, 128, 16, 4), (512, 256, 32, 4), (1024, 704, 64, 8))  # H, I, N, K
+
+
+def hollow(folder: Path) -> Path:
+    """Qwen3-30B-A3B as a sparse file of 61 GB: header, and a hole where the data would be."""
+    h, inner, n, depth, vocabulary = 2048, 768, 128, 48, 151_936
+    names = [("model.embed_tokens.weight", (vocabulary, h)), ("lm_head.weight", (vocabulary, h))]
+    for layer in range(depth):
+        lead = f"model.layers.{layer}."
+        names += [(f"{lead}self_attn.{x}_proj.weight", (4096, h)) for x in "qo"]
+        names += [(f"{lead}mlp.gate.weight", (n, h))]
+        for e in range(n):
+            names += [(f"{lead}mlp.experts.{e}.{x}_proj.weight", (inner, h)) for x in ("gate", "up", "down")]
+    header, places = plan_header([(name, "BF16", shape) for name, shape in names], metadata={"format": "pt"})
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as handle:
+        handle.write(header)
+        handle.truncate(len(header) + sum(count for _, count in places.values()))
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": h, "moe_intermediate_size": inner, "num_experts": n,
+        "num_experts_per_tok": 8, "num_hidden_layers": depth, "vocab_size": vocabulary,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def conversion() -> list[dict[str, object]]:
+    with tempfile.TemporaryDirectory() as place:
+        base = hollow(Path(place) / "big")
+        size = (base / "model.safetensors").stat().st_size
+        cost = run([*SURGERY, "coe", str(base), "-o", str(Path(place) / "coe")])
+        if cost.status:
+            raise SystemExit("the conversion failed")
+    note = f"{size / 1e9:.0f} GB, sparse; a dense file is also hashed once, at 1-2 GB a CPU second"
+    return [
+        row("conversion", cost.cpu, "CPU s", 20, note),
+        row("conversion, anonymous memory", cost.anonymous / 1e6, "MB", 200),
+    ]
+
+
+def layers() -> list[dict[str, object]]:
+    """Unconverted, converted and not trained yet, converted and trained (alpha no longer zero)."""
+    import torch
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
+
+    from surgery.arch.moe.carried.configuration_coe import CoEQwen3MoeConfig
+    from surgery.arch.moe.carried.modeling_coe_qwen3_moe import CoEQwen3MoeSparseMoeBlock
+
+    torch.set_num_threads(1)
+    rows = []
+    for h, inner, n, k in SIZES:
+        sizes = {"hidden_size": h, "moe_intermediate_size": inner, "num_experts": n, "num_experts_per_tok": k}
+        chain = {"coe_iterations": 2, "coe_topk": [k // 2] * 2, "coe_route": "split", "coe_reselect": "forbid"}
+        made: list[Any] = []
+        for kind in ("plain", "fresh", "trained"):
+            torch.manual_seed(0)
+            config = CoEQwen3MoeConfig(**sizes, **chain) if kind != "plain" else Qwen3MoeConfig(**sizes)
+            config._experts_implementation = "grouped_mm"
+            block = Qwen3MoeSparseMoeBlock(config)
+            for tensor in block.parameters():
+                torch.nn.init.normal_(tensor, std=0.02)
+            if kind != "plain":
+                block.__class__ = CoEQwen3MoeSparseMoeBlock
+                block.start_chain(config)
+                block.reset_chain()
+            if kind == "trained":
+                torch.nn.init.constant_(block.coe_alpha, 0.1)
+            made.append(block.eval())
+        for tokens in (256, 1024):
+            x = torch.randn(1, tokens, h)
+            seconds: list[list[float]] = [[], [], []]
+            with torch.no_grad():
+                for _ in range(15 if h < 1024 else 5):
+                    for number, block in enumerate(made):
+                        began = time.thread_time()
+                        block(x)
+                        seconds[number].append(time.thread_time() - began)
+            plain, fresh, trained = (statistics.median(s[1:]) for s in seconds)
+            what = f"split layer H={h} I={inner} N={n} K={k} T={tokens}"
+            rows.append(row(what, fresh / plain, "x", 1.15, f"{plain * 1e3:.1f} ms unconverted"))
+            rows.append(row(f"{what}, trained", trained / plain, "x", 1.6, "two calls of half the rows each"))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    finish("coe", conversion() + layers())
