@@ -23,11 +23,10 @@ from surgery.errors import Busy, CheckpointError, OutputError, ResourceError, Su
 from surgery.store.header import plan_header
 from surgery.store.journal import Journal, read_journal
 from surgery.store.layout import safe_relative
+from surgery.store.ranges import allocated, copy_range, reserve, write_at
 
 _SYNC_BYTES = 256 << 20
 _SYNC_SECONDS = 5.0
-_MAY_HAVE_HOLES = 1 << 20  # bytes; shorter ranges are copied without a look
-_NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Workspace:
         """Bytes of disk that `planned` takes; a file that is taken from another may have holes, or be a link."""
         if planned.taken_from is None:
             return planned.size
-        return 0 if self._link == "hard" else _allocated(planned.taken_from, planned.size)
+        return 0 if self._link == "hard" else allocated(planned.taken_from, planned.size)
 
     def begin_file(self, planned: PlannedFile) -> bool:
         """Create `planned` with its space reserved and its header written, or reopen it: True when it was there."""
@@ -163,7 +162,7 @@ class Workspace:
             self.forget(planned.relative)
             os.ftruncate(fd, 0)
             if planned.size and self.need(planned) >= planned.size:
-                _reserve(fd, planned.size)
+                reserve(fd, planned.size)
             else:
                 os.ftruncate(fd, planned.size)
             write_at(fd, planned.header, 0)
@@ -229,7 +228,9 @@ class Workspace:
             ) from None
         try:
             with self._new_file(relative) as fd:
-                copy_range(reader, 0, fd, 0, os.fstat(reader).st_size)
+                size = os.fstat(reader).st_size
+                os.ftruncate(fd, size)
+                copy_range(reader, 0, fd, 0, size)
         finally:
             os.close(reader)
 
@@ -400,59 +401,6 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError("exists", f"{target}: --overwrite replaces only what surgery made", hint="name another -o")
 
 
-def copy_range(source: int, start: int, target: int, at: int, count: int) -> None:
-    """Copy bytes between descriptors with `copy_file_range`, or through a buffer where the kernel will not. Holes are
-    left out: what is written is zero before."""
-    if count >= _MAY_HAVE_HOLES:
-        for begin, length in _data_ranges(source, start, count):
-            _copy_data(source, begin, target, at + begin - start, length)
-    else:
-        _copy_data(source, start, target, at, count)
-
-
-def _copy_data(source: int, start: int, target: int, at: int, count: int) -> None:
-    while count > 0:
-        try:
-            moved = os.copy_file_range(source, target, min(count, 1 << 30), start, at)
-        except OSError as err:
-            if err.errno not in _NO_RANGE_COPY:
-                raise
-            moved = 0
-        if moved == 0:
-            piece = os.pread(source, min(count, 4 << 20), start)
-            if not piece:
-                raise OSError(errno.EIO, "the source became shorter while it was copied")
-            write_at(target, piece, at)
-            moved = len(piece)
-        start, at, count = start + moved, at + moved, count - moved
-
-
-def _data_ranges(source: int, start: int, count: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what was ever written within the range, in order."""
-    at, stop = start, start + count
-    if stop > os.fstat(source).st_size:
-        yield start, count  # it ends too early: copying says so
-        return
-    while at < stop:
-        try:
-            begin = os.lseek(source, at, os.SEEK_DATA)
-        except OSError as err:
-            if err.errno == errno.ENXIO:
-                return  # only a hole is left
-            raise
-        if begin >= stop:
-            return
-        at = min(os.lseek(source, begin, os.SEEK_HOLE), stop)
-        yield begin, at - begin
-
-
-def _allocated(path: str, size: int) -> int:
-    """How many bytes of disk a file of `size` bytes takes: less than that where it has holes."""
-    with suppress(OSError):
-        return min(os.stat(path).st_blocks * 512, size)
-    return size
-
-
 def raise_os(err: OSError, shown: str, *, need: int | None = None) -> NoReturn:
     """Turn an OSError met while writing `shown` into the error of ours that it means."""
     if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -486,23 +434,6 @@ def atomic_write(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise_os(err, str(path), need=len(data))
-
-
-def _reserve(fd: int, size: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as err:
-        if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(fd, size)
-
-
-def write_at(fd: int, data: Any, offset: int) -> None:
-    """Write all of `data` at `offset`. Raises OSError."""
-    view = memoryview(data)
-    while len(view):
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def _sync_folder(path: Path) -> None:

@@ -16,8 +16,8 @@ from surgery.errors import CheckpointError, ResourceError, SurgeryError, printab
 from surgery.graph.op import Compute, Op
 from surgery.store.checkpoint import TensorRef, read_chunks, read_tensor
 from surgery.store.digests import canonical_digest
+from surgery.store.ranges import copy_range, write_at
 from surgery.store.reader import MemoryReader, Reader, open_range
-from surgery.store.writer import copy_range, write_at
 
 if TYPE_CHECKING:
     import torch

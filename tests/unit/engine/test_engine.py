@@ -17,7 +17,7 @@ from surgery.graph.op import Compute
 from surgery.graph.run import RunOptions, run_op
 from surgery.ops.cast import Cast
 from surgery.store.checkpoint import TensorRef, open_checkpoint
-from surgery.store.writer import copy_range
+from surgery.store.ranges import copy_range
 
 
 def unit(name: str, peak: int) -> Unit:

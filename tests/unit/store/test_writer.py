@@ -22,7 +22,8 @@ from surgery.graph.run import RunOptions, run_op
 from surgery.ops.init import Init
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.journal import Journal, read_journal
-from surgery.store.writer import PlannedFile, Workspace, atomic_write, copy_range
+from surgery.store.ranges import copy_range
+from surgery.store.writer import PlannedFile, Workspace, atomic_write
 
 KEY = "0123456789ab" + "c" * 52
 OTHER = "ba9876543210" + "c" * 52
