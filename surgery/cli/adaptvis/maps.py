@@ -87,7 +87,7 @@ def draw_map(
         return
     for look in result["looks"]:
         output.note(
-            f'alpha {look["alpha"]:g}: "{look["answer"]}", confidence {look["confidence"]:.3f}, on the picture '
+            f'{look["shown"]}: "{look["answer"]}", confidence {look["confidence"]:.3f}, on the picture '
             + ", ".join(f"{m:.0%}" for m in look["mass"])
             + " of the attention by layer"
         )
@@ -136,14 +136,17 @@ def _draw(
         else [round(17 / 31 * (count - 1))]
     )
     chosen = _alphas(loaded, inputs, alpha, spec, side_by_side)
+    knocked = spec["patch"].mode == "knock-out"
     looks = maps.look(loaded, inputs, chosen, spec["patch"])
+    names = ["without sight of it" if knocked else "as it is, alpha 1" if a == 1 else f"alpha {a:g}" for a in chosen]
+    if knocked and side_by_side:
+        looks, names = [*maps.look(loaded, inputs, [1.0]), *looks], ["as it is", *names]
     rows = []
     for number in shown:
         panels = []
-        for look in looks:
+        for look, name in zip(looks, names, strict=True):
             weights = look.heads(number, head)
             on = maps.mass(weights, where.keys)
-            name = "as it is, alpha 1" if look.alpha == 1 else f"alpha {look.alpha:g}"
             caption = f"layer {number}, {on:.0%} on the picture; says {look.answer[:24]!r} ({look.confidence:.2f})"
             panels.append(overlay.Panel(maps.density(where, weights, smooth=smooth), name, caption))
         rows.append(panels)
@@ -156,8 +159,8 @@ def _draw(
         _save(npy, looks)
     masses = [[maps.mass(look.attention[i], where.keys) for i in range(count)] for look in looks]
     told = [
-        {"alpha": look.alpha, "answer": look.answer, "confidence": look.confidence, "mass": m}
-        for look, m in zip(looks, masses, strict=True)
+        {"shown": name, "alpha": look.alpha, "answer": look.answer, "confidence": look.confidence, "mass": m}
+        for look, name, m in zip(looks, names, masses, strict=True)
     ]
     return {"path": str(out), "npy": str(npy) if npy else None, **settings, "looks": told}
 

@@ -157,7 +157,7 @@ def _bar(page: Any, pen: Any, font: Any, at: tuple[int, int, int], top: float, r
     for share in (1.0, 0.5, 0.0):
         text = f"{top * share * area:.2g}x" + ("+" if share == 1.0 and scale == "p99" else "")
         pen.text((x + 22, y + round((1 - share) * (height - 1))), text, fill=INK, font=font, anchor="lm")
-    pen.multiline_text((x, y + height + 5), "1x: all\nspread evenly", fill=_MUTED, font=font)
+    pen.multiline_text((x, y + height + 14), "1x: all\nspread evenly", fill=_MUTED, font=font)
 
 
 def _wrapped(ruler: Any, text: str, font: Any, width: int) -> list[str]:

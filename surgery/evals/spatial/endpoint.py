@@ -77,7 +77,7 @@ def _ask(server: Any, model: str, item: Item, asking: Asking) -> Row:
         raise ResourceError(
             "endpoint",
             f"item '{printable(item.id)}': {type(err).__name__}: {printable(str(err), limit=160)}",
-            hint="is the server up, and --endpoint-model one of its models? Go on with --resume",
+            hint="is the server up, and CKPT one of its models' names? Go on with --resume",
         ) from err
     first = choice.logprobs.content[0].logprob if choice.logprobs and choice.logprobs.content else None
     text = (choice.message.content or "").strip()

@@ -132,6 +132,9 @@ def test_the_command_draws_and_saves(command: Callable, item: Item, tmp_path: Pa
     raw = np.load(tmp_path / "raw.npy")
     assert raw.shape[:3] == (3, 3, 4) and raw[0].sum(-1) == pytest.approx(1, abs=1e-4)
     assert command(*line).code == 4
+    blind = command(*line[:-1], "blind.png", "--side-by-side", "--mode", "knock-out", "-l", "0", "--json")
+    plain, knocked = json.loads(blind.stdout)["looks"]
+    assert plain["mass"][0] > 0.1 and knocked["mass"][0] < 1e-6 and knocked["shown"] == "without sight of it"
     for words, said in ((("--layer", "7"), "valid: 0-2"), (("--head", "x"), "not one"), (("--scale", "log"), "unknown"),
                         (("--alpha", "-2"), "--alpha -2"), (("--box", "cup:1,2"), "--box")):  # fmt: skip
         wrong = command(*line[:-1], "other.png", *words)
