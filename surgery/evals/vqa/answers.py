@@ -2,8 +2,8 @@
 model wrote is ever run as code.
 
 Looked at in this order: the last \\boxed{…}; what follows the last "answer is", "answer:" or "answer ="; else, by type,
-the last option letter, the last number, the last list or the last line. What no rule finds is unparsed, which counts as
-wrong and is reported.
+the last option letter, the last number, the last list or the last line (of "The … is X" the X). What no rule finds is
+unparsed, which counts as wrong and is reported.
 """
 
 import re
@@ -38,13 +38,13 @@ def extract(item: Item, response: str) -> str | None:
         return None if found is None else _plain(found)
     if item.answer_type == "list":
         return next((found for s in [*spans, text] if (found := _last_list(s))), None)
-    return next((clean for s in [*spans, _last_line(text)] if (clean := _clean(s))), None)
+    return next((clean for s in [*spans, _said(_last_line(text))] if (clean := _clean(s))), None)
 
 
 def is_right(item: Item, extracted: str | None) -> bool:
     """Whether `extracted` answers the item: the same letter, the same whole number, a float within half a unit of the
-    last decimal that counts (10^-precision / 2), lists element by element, texts without regard to case, spaces and
-    closing punctuation."""
+    last decimal that counts (10^-precision / 2), lists element by element, texts without regard to case, spaces,
+    a leading article and closing punctuation."""
     if extracted is None:
         return False
     if item.answer_type == "choice":
@@ -164,13 +164,21 @@ def _last_line(text: str) -> str:
     return text.strip().split("\n")[-1]
 
 
+def _said(line: str) -> str:
+    """What a sentence such as "The capital of France is Paris." says; another line as it is."""
+    match = re.fullmatch(
+        r"(?:so|and|thus)?\W*(?:the|it|this|that|there|these|those|they)\b.*\b(?:is|are|was|were)\s+(.+)", line, re.I
+    )
+    return match[1] if match else line
+
+
 def _clean(text: str) -> str:
     return text.strip().strip("*$\"'` ").rstrip(".!;, ").strip()
 
 
 def _same(one: str, two: str) -> bool:
     """Equal as words, or as numbers."""
-    words = [" ".join(_clean(t).casefold().split()) for t in (one, two)]
+    words = [re.sub(r"^(?:an?|the) (?=.)", "", " ".join(_clean(t).casefold().split())) for t in (one, two)]
     if words[0] == words[1]:
         return True
     numbers = [_only_number(w) for w in words]
