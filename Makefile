@@ -28,6 +28,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/graft.py
 	$(BIN)/python benchmarks/coe.py
+	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/adaptvis.py
 

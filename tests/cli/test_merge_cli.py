@@ -154,9 +154,10 @@ def test_methods_of_mergekit_without_a_base(method: str, pair: Pair, command: Co
 def test_methods_of_mergekit_with_a_base(method: str, pair: Pair, command: Command, tmp_path: Path) -> None:
     args = ["merge", pair.host, pair.donor, "--base", pair.base, "--method", method, "--engine", "kernels", "-q"]
     args += ["--density", "0.5"] if method not in ("model_stock", "sce") else []
-    ended = command(*args, "-o", "out")
+    ended = command(*args, "-o", "out", "--json")
     assert ended.code == 0, ended.stderr
     assert changed(pair.host, tmp_path / "out")
+    assert [row["layer"] for row in json.loads(ended.stdout)["measured"]["layers"]] == [0, 1, 2, 3, "outside"]
     assert command(*args, "-o", "again", "--workers", "2").code == 0
     assert not changed(tmp_path / "out", tmp_path / "again")  # with the same seed, whatever the workers
 
@@ -265,6 +266,37 @@ def test_another_depth_and_other_heads_name_the_field(copy: Pair, command: Comma
     save_file(weights | {name: weights[name].repeat(2, 1)}, copy.donor / "model.safetensors")
     ended = command("merge", copy.host, copy.donor, "-o", "out")
     assert ended.code == 3 and "num_key_value_heads" in ended.stderr and "[32, 32]" in ended.stderr
+
+
+def test_an_interrupted_merge_leaves_nothing_and_goes_on(
+    pair: Pair, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery.arch.merging import tasks
+
+    before = {p: p.read_bytes() for f in (pair.host, pair.donor) for p in f.iterdir()}
+    command("merge", pair.host, pair.donor, "-o", "whole", "-q")
+    real, made = tasks.stream, []
+
+    def halfway(*args: Any) -> Any:
+        made.append(args)
+        if len(made) == 15:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "stream", halfway)
+        ended = command("merge", pair.host, pair.donor, "-o", "out", "-q", "--workers", "1")
+    assert ended.code == 5 and "no space left" in ended.stderr and not Path("out").exists()
+    ended = command("merge", pair.host, pair.donor, "-o", "out", "--resume")
+    assert ended.code == 0 and "were reused" in ended.stderr
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_embeddings_of_another_length_want_a_policy(command: Command, tmp_path: Path) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, "mllama")
+    ended = command("merge", pair.host, pair.donor, "--include", "embed", "-o", "out")
+    assert ended.code == 3 and "--vocab overlap" in ended.stderr
 
 
 def test_results_are_the_same_for_any_number_of_workers(pair: Pair, command: Command, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from surgery.arch.language.towers import find_towers, shapes_of
 from surgery.arch.merging.arithmetic import FLOATS, PIECE, Source
 from surgery.arch.merging.formulas import Formula, elements
-from surgery.arch.merging.measure import Sums, measure_tensor
+from surgery.arch.merging.measure import Sums, by_formula, measure_tensor
 from surgery.arch.merging.selection import groups_of, layer_of
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.reader import open_reader
@@ -96,9 +96,9 @@ def compare_towers(
                 h, d, b = (s.read(start, min(PIECE, total - start)) for s in sources)
                 for moves, _ in into:
                     moves.add(h, d, b)
-            formula = Formula("linear", (SHARE, 1 - SHARE))
+            merge = by_formula(Formula("linear", (SHARE, 1 - SHARE)), seed=0)
             for _, sums in into:
-                measure_tensor(sums, formula, readers[:2], readers[0].dtype, 0, canonical)
+                measure_tensor(sums, merge, readers[:2], readers[0].dtype, canonical)
     return {
         "host": host.name,
         "donor": donor.name,

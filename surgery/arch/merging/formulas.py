@@ -19,7 +19,7 @@ from surgery.store.reader import Reader
 WITH_BASE = ("task-arithmetic", "ties", "dare-linear", "dare-ties")
 STREAMED = ("linear", "slerp", *WITH_BASE)
 _WHOLE = 1 << 24  # elements whose |tau| are sorted at once; beyond, a histogram finds the same number in fixed memory
-_ROUNDING = 1 << 32  # the stream of random bits that rounding uses; masks use 0, 1, ...
+ROUNDING = 1 << 32  # the stream of random bits that rounding uses; masks use 0, 1, ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ Merger = Callable[[int, int], Array]
 def stream(formula: Formula, readers: Sequence[Reader], dtype: str, name: str, seed: int) -> Iterator[memoryview]:
     """The merged tensor's bytes as `dtype`, in pieces that are valid until the next one."""
     total = elements(readers[0].shape)
-    dither = Bits(seed, _ROUNDING) if formula.rounding == "stochastic" else None
+    dither = Bits(seed, ROUNDING) if formula.rounding == "stochastic" else None
     sink = Sink(dtype, name, min(PIECE, max(total, 1)), dither=dither)
     make = merger(formula, readers, seed)
     for start in range(0, total, PIECE):

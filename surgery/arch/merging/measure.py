@@ -5,14 +5,14 @@ four stretches of 32768 elements are merged as they will be; tensors of up to th
 are float64. Methods that look at a whole tensor (slerp's angle, TIES' threshold) see the stretch instead.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
-from surgery.arch.merging.arithmetic import Bits, Sink, Source
+from surgery.arch.merging.arithmetic import SIZES, Bits, Sink, Source
 from surgery.arch.merging.formulas import Formula, elements, merger
 from surgery.store.reader import MemoryReader, Reader
 
@@ -45,7 +45,6 @@ class Sums:
     intended: float = 0.0  # |merged - h|^2 before rounding
     arrived: float = 0.0  # <stored - h, merged - h>
     tensors: int = 0
-    names: list[str] = field(default_factory=list)
 
     def add(self, h: Any, d: Any, merged: Any, stored: Any) -> None:
         wish, change = merged - h, stored - h
@@ -79,17 +78,32 @@ def windows(total: int) -> Iterator[tuple[int, int]]:
         yield (total - WINDOW) * index // (WINDOWS - 1) // 16 * 16, WINDOW
 
 
-def measure_tensor(sums: Sums, formula: Formula, readers: Sequence[Reader], dtype: str, seed: int, name: str) -> None:
-    """Add one tensor, whose first reader is the host and second the donor."""
+Merge = Callable[[Sequence[Reader], int], Any]  # (inputs, elements) -> merged values before rounding
+
+
+def measure_tensor(
+    sums: Sums,
+    merge: Merge,
+    readers: Sequence[Reader],
+    dtype: str,
+    name: str,
+    *,
+    pair: tuple[int, int] = (0, 1),
+    dither: Bits | None = None,
+) -> None:
+    """Add one tensor; `pair` says which readers are host and donor, `dither` are the bits of stochastic rounding."""
     total = elements(readers[0].shape)
     sums.tensors += 1
     for start, count in windows(total):
-        views = [Window(r, start, count, _size(r.dtype)) for r in readers]
-        h, d = (Source(v, np.float64, count).read(0, count).copy() for v in views[:2])
-        merged = merger(formula, views, seed)(0, count).astype(np.float64)
-        dither = Bits(seed, 1 << 32) if formula.rounding == "stochastic" else None
-        stored = _stored(merged, dtype, name, dither)
-        sums.add(h, d, merged, stored)
+        views = [Window(r, start, count, SIZES[r.dtype]) for r in readers]
+        h, d = (Source(views[i], np.float64, count).read(0, count).copy() for i in pair)
+        merged = np.asarray(merge(views, count), np.float64).copy()
+        sums.add(h, d, merged, _stored(merged, dtype, name, dither))
+
+
+def by_formula(formula: Formula, seed: int) -> Merge:
+    """A formula as it is measured."""
+    return lambda readers, count: merger(formula, readers, seed)(0, count)
 
 
 def _stored(values: Any, dtype: str, name: str, dither: Bits | None) -> Any:
@@ -99,12 +113,6 @@ def _stored(values: Any, dtype: str, name: str, dither: Bits | None) -> Any:
     data = bytes(Sink(dtype, name, count, dither=dither).encode(values.astype(work), 0))
     reader = MemoryReader(name, dtype, (count,), memoryview(data))
     return Source(reader, np.float64, count).read(0, count)
-
-
-def _size(dtype: str) -> int:
-    from surgery.arch.merging.arithmetic import SIZES
-
-    return SIZES[dtype]
 
 
 def _ratio(over: float, under: float) -> float | None:

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from surgery.arch.merging.arithmetic import SIZES
-from surgery.arch.merging.formulas import Formula, elements, stream
-from surgery.arch.merging.measure import LITTLE, Sums, measure_tensor
+from surgery.arch.merging.arithmetic import SIZES, Bits, Source
+from surgery.arch.merging.formulas import ROUNDING, Formula, elements, stream
+from surgery.arch.merging.kernels import Kernel
+from surgery.arch.merging.measure import LITTLE, Merge, Sums, by_formula, measure_tensor
 from surgery.arch.merging.pair import Task
 from surgery.arch.merging.selection import layer_of
 from surgery.graph.engine.work import tensor_seed
@@ -100,20 +101,45 @@ def run_task(task: Compute, tensors: "list[Any]", generator: Any) -> Any:
     return merge(how.kernel, tensors, out_dtype=out, seed=seed, name=task.full_name)
 
 
+def _by_kernel(kernel: Kernel, seed: int) -> Merge:
+    """A method of mergekit as it is measured, in float32."""
+
+    def make(readers: Sequence[Reader], count: int) -> Any:
+        import numpy as np
+        import torch
+
+        from surgery.arch.merging.kernels import merge
+
+        tensors = [torch.from_numpy(Source(r, np.float32, count).read(0, count).copy()) for r in readers]
+        return merge(kernel, tensors, out_dtype=torch.float32, seed=seed, name=readers[0].name).numpy()
+
+    return make
+
+
 def measure_plan(op: Op, plan: Plan, seed: int, parents: Sequence[Checkpoint]) -> dict[str, Any]:
     """{"layers": rows, "warnings": ...} of a merge of two, sampled; empty for other plans."""
     if any(isinstance(p, Planned) for p in parents):
         return {}  # steps of a chain that are never written have no values to look at yet
     sums: dict[int | str, Sums] = {}
     for entry in plan.entries:
-        how = entry.how if isinstance(entry, Compute) else None
-        if not isinstance(how, Task) or how.formula is None or len(entry.inputs) < 2 or how.rows or how.deltas:  # type: ignore[attr-defined]
+        if not isinstance(entry, Compute) or not isinstance(entry.how, Task) or len(entry.inputs) < 2:
+            continue
+        how: Task = entry.how
+        if how.rows or how.deltas or how.vocabulary is not None:
             continue
         layer = layer_of(how.canonical)
+        own = sums.setdefault("outside" if layer is None else layer, Sums())
+        number = tensor_seed(seed, op, entry.full_name)
         with ExitStack() as opened:
-            readers = [opened.enter_context(open_reader(parents[at], ref)) for at, ref in entry.inputs]  # type: ignore[attr-defined]
-            own = sums.setdefault("outside" if layer is None else layer, Sums())
-            measure_tensor(own, how.formula, readers, entry.dtype, tensor_seed(seed, op, entry.full_name), entry.name)
+            readers = [opened.enter_context(open_reader(parents[at], ref)) for at, ref in entry.inputs]
+            if how.formula is not None:
+                dither = Bits(number, ROUNDING) if how.formula.rounding == "stochastic" else None
+                merge = by_formula(how.formula, number)
+                measure_tensor(own, merge, readers, entry.dtype, entry.name, dither=dither)
+            elif how.kernel is not None:
+                # A base that is a model of its own stands first; the two that are compared come after it.
+                pair = (1, 2) if how.kernel.base == 0 and len(readers) > 2 else (0, 1)
+                measure_tensor(own, _by_kernel(how.kernel, number), readers, entry.dtype, entry.name, pair=pair)
     if not sums:
         return {}
     rows = [sums[k].row(k) for k in sorted(sums, key=lambda k: (isinstance(k, str), k))]
