@@ -29,6 +29,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/graft.py
 	$(BIN)/python benchmarks/coe.py
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/graph.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/adaptvis.py
 

@@ -218,14 +218,15 @@ def print_plans(
 ) -> None:
     """What is said of recipes before they run: words, JSON, or a picture."""
     from surgery.graph.estimate import disk_report, node_report
-    from surgery.graph.schedule import prepared
+    from surgery.graph.schedule import prepared, without_collector
 
     reports: list[dict[str, Any]] = []
     pictures: list[tuple[str, list[Any]]] = []
     for recipe, out in recipes:
         opener = partial(open_source, offline=options.offline)
         with prepared(recipe, load_op, opener, out, options=options, warn=output.warn) as (scene, nodes):
-            rows = [node_report(node) for node in nodes.values()]
+            with without_collector():
+                rows = [node_report(node) for node in nodes.values()]
             disks = disk_report(nodes.values())
             reports.append({"recipe": str(recipe.path), "steps": rows, "inputs": dict(recipe.inputs), "disks": disks})
             pictures.append((str(recipe.path), rows))

@@ -110,7 +110,7 @@ def planned_checkpoint(
     folder.mkdir(parents=True)
     _put_side_files(plan, folder)
     shards, indexes = plan_shards(plan, key=made.key)
-    sizes = {e.full_name: s.file.places[e.name][1] for s in shards for e in s.entries}
+    sizes = {e.full_name: s.file.places[e.name][1] for s in shards for e in s.entries} if indexes else {}
     for name, weight_map in indexes.items():
         (folder / name).write_bytes(index_json(name, weight_map, sizes))
     sources: dict[tuple[str, str], Source] = {}

@@ -1,5 +1,6 @@
 """Carry out a recipe: plan everything, do only what is needed and not at hand, put outputs in their places."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +44,21 @@ def prepared(
     outputs = {name: _target(named, name, out) for name in named}
     with tempfile.TemporaryDirectory(prefix="surgery-plan-") as folder:
         scene = Scene(recipe, ops, outputs, options, Path(folder), warn)
-        yield scene, plan_nodes(scene, open_input)
+        with without_collector():
+            nodes = plan_nodes(scene, open_input)
+        yield scene, nodes
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Plans are many small objects without cycles: looking for cycles among them takes a fifth of the time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def run_recipe(

@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 from surgery.errors import CheckpointError, printable
@@ -46,6 +47,11 @@ class Header:
 
 def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor; raises ValueError when the bits do not fill whole bytes or the product is absurd."""
+    return _nbytes_of(dtype, tuple(shape))
+
+
+@lru_cache(4096)  # a model has thousands of tensors and a dozen shapes
+def _nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     bits = DTYPE_BITS[dtype]
     for n in shape:
         bits *= n

@@ -21,7 +21,7 @@ LINEAGE_FILE = "surgery.json"
 _PICKLES = (".bin", ".pt", ".pth")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _MAX_SIDE_FILES = 100_000
-_NUMBERS = re.compile("([0-9]+)")
+_NUMBERS = re.compile("[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,15 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> tuple[str, str]:
     """Sort key that puts `layers.2` before `layers.10`. Only ASCII digits count, and no number is too long for it."""
-    keys = []
-    for piece in _NUMBERS.split(name):
-        if piece and piece[0] in "0123456789":
-            piece = piece.lstrip("0")
-            keys.append((0, len(piece), piece))
-        elif piece:
-            keys.append((1, 0, piece))
-    keys.append((-1, 0, name))
-    return keys  # "1" and "01" are different names: no order may depend on where they came from
+    # A number sorts before text, a short one before a long one; "1" and "01" are different names all the same.
+    return _NUMBERS.sub(_sortable, name), name
+
+
+def _sortable(match: re.Match[str]) -> str:
+    digits = match[0].lstrip("0")
+    return f"\0{chr(min(len(digits), 0x10FFFF))}{digits}"
 
 
 def safe_relative(name: object) -> bool:

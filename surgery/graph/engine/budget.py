@@ -1,6 +1,8 @@
 """How much memory a run may take: what is free on this machine and in its control group, or what the user said."""
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 SHARE = 0.6  # of the memory that is available, where nothing else is asked for
@@ -38,6 +40,13 @@ def held_memory() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def return_freed_memory() -> None:
+    """Let the allocator give large blocks back as soon as they are free: glibc raises by itself the size from which it
+    does, and a process then holds more than what its tensors need."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, bytes
 
 
 def _own_groups() -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol
 
+from surgery.graph.engine.budget import return_freed_memory
 from surgery.graph.engine.work import Job, Resources, carry_out, uses_torch
 
 Finished = Callable[[Job, dict[str, str]], None]
@@ -136,6 +137,7 @@ def _computing(threads: int, *, needed: bool) -> Iterator[None]:
         return
     import torch
 
+    return_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
