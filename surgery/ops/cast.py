@@ -73,7 +73,8 @@ class Cast:
                 if cast:
                     changed = True
                     counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
-                    scratch = nbytes_of(ref.dtype, ref.shape)
+                    # What run() compares: absolute values of one side, and three tensors of truths.
+                    scratch = max(ref.nbytes, nbytes_of(dtype, ref.shape)) + 3 * nbytes_of("BOOL", ref.shape)
                     entries.append(
                         Compute(
                             part=part.name,

@@ -22,7 +22,7 @@ from surgery.store.reader import MemoryReader, Reader, open_range
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 32 << 20  # bytes of a row-wise operation's output that are made at a time
+CHUNK = 8 << 20  # bytes of a row-wise operation's output that are made at a time
 Pickles = Mapping[str, Mapping[str, "torch.Tensor"]]  # tensors of pickles by file and name; they have no byte range
 
 
@@ -107,6 +107,7 @@ def carry_out(job: Job, pickles: Pickles) -> dict[str, str]:
                 write_at(fd, piece, offset + position)
             state.update(piece)
             position += len(piece)
+            del piece  # not beside the next one
     finally:
         for fd, _ in opened:
             os.close(fd)
@@ -145,20 +146,25 @@ def _bytes_of(unit: Unit, pickles: Pickles) -> Iterator[Any]:
     if isinstance(source, Made) and source.task.streamed:
         yield from _stream(source, pickles)
         return
-    from surgery.store.dtypes import as_bytes, torch_dtype
-
     rows = chunk_rows(source)
     if rows is None:
+        from surgery.store.dtypes import as_bytes
+
         yield as_bytes(_tensor(source, pickles))
         return
     assert isinstance(source, Made)
     for start in range(0, unit.shape[0], rows):
-        piece = slice(start, min(start + rows, unit.shape[0]))
-        inputs = [_rows(ref, piece, pickles) for ref in source.inputs]  # type: ignore[arg-type]
-        made = _apply(source, inputs)
-        if tuple(made.shape) != (piece.stop - piece.start, *unit.shape[1:]):
-            raise _wrong_shape(source, made)
-        yield as_bytes(made.to(torch_dtype(unit.dtype)))
+        yield _chunk(source, slice(start, min(start + rows, unit.shape[0])), pickles)
+
+
+def _chunk(source: Made, rows: slice, pickles: Pickles) -> Any:
+    """The bytes of some rows; nothing else of them is held when it returns."""
+    from surgery.store.dtypes import as_bytes, torch_dtype
+
+    made = _apply(source, [_rows(ref, rows, pickles) for ref in source.inputs])  # type: ignore[arg-type]
+    if tuple(made.shape) != (rows.stop - rows.start, *source.task.shape[1:]):
+        raise _wrong_shape(source, made)
+    return as_bytes(made.to(torch_dtype(source.task.dtype)))
 
 
 def _stream(source: Made, pickles: Pickles) -> Iterator[memoryview]:

@@ -216,3 +216,38 @@ def test_a_range_copy_goes_on_where_the_kernel_stops(tmp_path: Path) -> None:
     with open(tmp_path / "a", "rb") as source, open(tmp_path / "b", "w+b") as target:
         copy_range(source.fileno(), 10, target.fileno(), 0, 100)
     assert (tmp_path / "b").read_bytes() == bytes(range(10, 110))
+
+
+def test_a_process_stays_within_the_memory_it_was_allowed(tmp_path: Path) -> None:
+    """A cast of tensors that would take twice the limit with four workers at once."""
+    import subprocess
+    import sys
+
+    save_file({f"w{i}": torch.ones(2048, 1024) for i in range(8)}, tmp_path / "m.safetensors")
+    script = (
+        "import sys\nfrom surgery.cli.main import main\ntry:\n    main()\nfinally:\n"
+        "    print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)"
+    )
+
+    def peak(*words: str) -> int:
+        command = [
+            sys.executable,
+            "-c",
+            script,
+            "cast",
+            "--dtype",
+            "bf16",
+            "m.safetensors",
+            "-q",
+            "--workers",
+            "4",
+            *words,
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stderr.split()[-1]) * 1024
+
+    alone = peak("-o", "alone", "--workers", "1")
+    together = peak("-o", "together")
+    limited = peak("-o", "limited", "--max-memory", "1MB")  # no room beside torch: one tensor at a time
+    assert limited - alone < 12 * MB < together - alone
