@@ -4,7 +4,7 @@ Section 5 of the evaluation of AdaptVis (arXiv 2503.01773), with the reference's
 and set accuracy count complete groups only, and the harmonic mean of sensitivity and specificity is not called F1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,11 +160,6 @@ def yes_no(rows: Sequence[Answered]) -> dict[str, Any]:
         "f1": _ratio(2 * precision * tpr, precision + tpr),
         "hmean_tpr_tnr": _ratio(2 * tpr * tnr, tpr + tnr),
     }
-
-
-def low_share(confidences: Mapping[str, float], beta: float) -> float:
-    """The share of answers whose confidence is below `beta`."""
-    return _mean([c < beta for c in confidences.values()])
 
 
 def _mean(values: Sequence[bool]) -> float:
