@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from surgery.errors import OfflineError
 from surgery.graph.recipe import build_steps, read_recipe
 from surgery.graph.run import RunOptions
 from surgery.graph.schedule import prepared
@@ -60,6 +61,11 @@ def test_a_shipped_recipe_reads_and_every_step_that_can_be_planned_plans(path: P
     recipe = read_recipe(path)
     ops = build_steps(recipe, load_op)
     assert [step.name for step in recipe.steps] == list(ops)
+    try:
+        for name in recipe.inputs.values():
+            open_named(name)
+    except OfflineError:
+        return  # a model of the hub that is not on this machine: its steps are built, and planned where it is
     with prepared(recipe, load_op, open_named, None, options=RunOptions(), warn=pytest.fail) as (_, nodes):
         assert list(nodes) == list(ops)
         for name, node in nodes.items():

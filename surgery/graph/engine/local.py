@@ -40,11 +40,13 @@ def run_jobs(jobs: Sequence[Job], finished: Finished, *, resources: Resources) -
             thread.start()
         waiting = len(jobs)
         failure: BaseException | None = None
+        told: deque[_Told] = deque()
         try:
             while waiting and failure is None:
-                told = state.take()
-                waiting -= len(told)
-                for job, result, fault in told:
+                told.extend(state.take())
+                while told:
+                    job, result, fault = told.popleft()
+                    waiting -= 1
                     failure = failure or fault
                     if fault is None:
                         finished(job, result)
@@ -54,7 +56,7 @@ def run_jobs(jobs: Sequence[Job], finished: Finished, *, resources: Resources) -
             state.stop()
             for thread in threads:
                 thread.join()
-            for job, result, fault in state.rest():
+            for job, result, fault in (*told, *state.rest()):
                 if fault is None:
                     finished(job, result)
             raise failure
