@@ -187,13 +187,14 @@ class LazyGroup(TyperGroup):
         return _read_plainly(super().get_params(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.table) + ([g for g in GROUPS] if self.table is COMMANDS else [])
+        return list(self.table) + ([*GROUPS, *_plugins()] if self.table is COMMANDS else [])
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if self.table is COMMANDS and cmd_name in GROUPS:
             return _group(cmd_name, *GROUPS[cmd_name])
         if cmd_name not in self.table:
-            return None
+            found = _plugins().get(cmd_name) if self.table is COMMANDS else None
+            return _load(cmd_name, f"op:{cmd_name}", found) if found else None
         first, second = self.table[cmd_name]
         return _group(cmd_name, first, second) if isinstance(second, Mapping) else _load(cmd_name, first, second)
 
@@ -211,6 +212,16 @@ class LazyGroup(TyperGroup):
             rows += [(name, _summary(entry)) for name, entry in GROUPS.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+        if self.table is COMMANDS and (plugins := _plugins()):
+            with formatter.section("Plug-ins"):
+                formatter.write_dl(list(plugins.items()))
+
+
+def _plugins() -> dict[str, str]:
+    """Operations that other packages bring, with a line on each; names of ours are not theirs to take."""
+    from surgery.graph.plugins import plugin_ops
+
+    return {name: f"Of {point.origin}." for name, point in plugin_ops().items() if name not in {*COMMANDS, *GROUPS}}
 
 
 class _RootGroup(LazyGroup):
@@ -361,7 +372,7 @@ def _resumable(words: list[str]) -> bool:
         if isinstance(second, Mapping):
             table = second
         elif not word.startswith("-"):
-            return word == "run" or first.startswith("op:")
+            return word == "run" or first.startswith("op:") or (not first and word in _plugins())
     return False
 
 

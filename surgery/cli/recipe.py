@@ -53,6 +53,12 @@ def run(
         str,
         typer.Option("--link", metavar="copy|hard", help="How an equal result becomes an output."),
     ] = "copy",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", metavar="local|ray", help="Where the work is done: here, or on the Ray cluster of RAY_ADDRESS."
+        ),
+    ] = "local",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the whole plan from headers alone, as surgery plan; write nothing.")
     ] = False,
@@ -77,7 +83,9 @@ def run(
     from surgery.graph.recipe import read_recipe
 
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
-    options = _options(device, threads, workers, max_memory, overwrite, offline, resume=resume, link=link)
+    options = _options(
+        device, threads, workers, max_memory, overwrite, offline, resume=resume, link=link, engine=engine
+    )
     read = read_recipe(recipe, changes=set_ or ())
     if dry_run:
         print_plans([(read, out)], options, as_json=as_json)
@@ -185,6 +193,7 @@ def _options(
     *,
     resume: bool = False,
     link: str = "copy",
+    engine: str = "local",
 ) -> RunOptions:
     check_device(device)
     if link not in ("copy", "hard"):
@@ -198,6 +207,7 @@ def _options(
         resume=resume,
         offline=offline,
         link=link,
+        engine=engine,
         **extra,
     )
 

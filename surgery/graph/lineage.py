@@ -33,11 +33,13 @@ def node_key(
     seed: int,
     device: str,
     torch: str,
+    plugin: str | None = None,
 ) -> str:
     """The identity of a node: equal keys mean equal results. `inputs` are digests of data read beside the parents;
-    `device` is a class ("cpu", "cuda"), `torch` major.minor."""
+    `device` is a class ("cpu", "cuda"), `torch` major.minor, `plugin` the distribution that brings the operation."""
     return digests.canonical_digest(
-        {
+        ({"plugin": plugin} if plugin else {})
+        | {
             "op": op,
             "version": version,
             "params": dict(params),
@@ -63,6 +65,7 @@ def make_record(
     files: list[dict[str, Any]],
     environment: Mapping[str, Any],
     training: Mapping[str, Any],
+    plugin: str | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256; None: one that
@@ -90,6 +93,8 @@ def make_record(
         "parents": names,
         "key": f"sha256:{key}",
     }
+    if plugin:
+        step["plugin"] = plugin
     if training:
         step["training"] = _plain(training)
     record: dict[str, Any] = {

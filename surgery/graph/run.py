@@ -16,8 +16,9 @@ from typing import Any
 from surgery import __version__
 from surgery.errors import CheckpointError, OutputError, ResourceError, UsageError, printable
 from surgery.graph.engine.budget import memory_budget
+from surgery.graph.engine.cluster import engine_named
 from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
-from surgery.graph.engine.local import Engine, run_jobs
+from surgery.graph.engine.local import Engine
 from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, tensor_keys, uses_torch
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
@@ -57,6 +58,7 @@ class RunOptions:
     shard_size: int | None = None  # bytes; None: kept files stay as they are, new ones follow graph.shards
     max_memory: int | None = None  # bytes of the whole process; None: a share of what is available
     link: str = "copy"  # "hard": files of a parent that stay whole become hard links to it
+    engine: str = "local"  # or "ray": see engine.cluster
     resume: bool = False
     overwrite: bool = False
     offline: bool = False
@@ -87,7 +89,7 @@ def run_op(
     report: Report = silent,
     notice: Callable[[Plan], None] = lambda plan: None,
     reuse: bool = False,
-    engine: Engine = run_jobs,
+    engine: Engine | None = None,
     plan: Plan | None = None,
     take: bool = False,
 ) -> RunResult:
@@ -97,10 +99,11 @@ def run_op(
     of the plan before anything is written; afterwards the target is absent or whole. `notice` sees the plan first.
     Parents may be steps that were planned and never written: their tensors are made on the way. `plan` is the
     operation's own on these parents, if it was made before. With `take`, tensors that an earlier result has, made from
-    the same inputs in the same way, are taken from there.
+    the same inputs in the same way, are taken from there. `engine` is that of the options, unless one is at hand.
     """
     options = options or RunOptions()
     check_device(options.device)
+    engine = engine or engine_named(options.engine, device=options.device)
     plan = plan or op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
     if out is not None:
@@ -160,6 +163,7 @@ def run_op(
             files=files,
             environment=environment,
             training=trained.record,
+            plugin=getattr(op, "plugin", None),
             measured={**measured, **checked},
         )
         space.put_file(LINEAGE_FILE, encode(record))
@@ -210,6 +214,7 @@ def plan_key(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions)
         seed=options.seed,
         device=options.device.split(":")[0],
         torch=release,
+        plugin=getattr(op, "plugin", None),
     )
 
 

@@ -1,27 +1,34 @@
 """Carry out a recipe: plan everything, do only what is needed and not at hand, put outputs in their places."""
 
 import gc
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import Busy, OutputError, ResourceError
+from surgery.graph.engine.cluster import Cluster, engine_named
 from surgery.graph.engine.local import Engine, run_jobs
 from surgery.graph.estimate import disk_report
 from surgery.graph.nodes import Node, Scene, about, plan_node, plan_nodes
-from surgery.graph.op import Plan
+from surgery.graph.op import Op, Plan, Trained
+from surgery.graph.planned import Planned
 from surgery.graph.recipe import Recipe, Step, build_steps
 from surgery.graph.run import Report, RunOptions, RunResult, check_place, run_op, silent
 from surgery.store import cache
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
+from surgery.store.digests import cache_folder
 from surgery.store.layout import LINEAGE_FILE
 from surgery.store.record import read_record
 from surgery.store.writer import Workspace, check_target
 
+_STEP_MEMORY = 2 << 30  # bytes that a whole step asks of a machine of the cluster, where nothing else is said
+_ENVIRONMENT = ("SURGERY_PLUGINS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 _PATIENCE = 0.5  # seconds between looks at a node that another process is making
 
 
@@ -71,11 +78,12 @@ def run_recipe(
     report: Report = silent,
     notice: Callable[[Step, Plan], None] = lambda step, plan: None,
     warn: cache.Warn = lambda text: None,
-    engine: Engine = run_jobs,
+    engine: Engine | None = None,
 ) -> dict[str, RunResult]:
     """Do what the outputs need; returns their results by step name. `notice` sees the plan of each step that has work
     to do."""
     results: dict[str, RunResult] = {}
+    engine = engine or engine_named(options.engine, device=options.device)
     with (
         ExitStack() as held,
         prepared(recipe, load_op, open_input, out, options=options, warn=warn) as (scene, nodes),
@@ -86,18 +94,38 @@ def run_recipe(
         _check_disks(nodes.values())
         made: dict[str, Checkpoint] = {}
         fused = scene.fused
-        for name, node in nodes.items():
-            if not node.needed:
-                continue
+
+        def current(name: str) -> Node:
+            """The node on what its parents have become, held where others may throw it away."""
+            node = nodes[name]
             if node.pending:
                 parents = tuple(made.get(s, p) for s, p in zip(node.step.sources, node.parents, strict=True))
                 node = replace(plan_node(scene, node.step, parents, fused=name in fused), needed=True)
             if node.state in ("cached", "copy") and node.key is not None:
                 held.enter_context(cache.in_use(node.key))
-            result = _do(scene, node, report, partial(notice, node.step), engine)
+            return node
+
+        def keep(node: Node, result: RunResult | None) -> None:
+            name = node.step.name
             made[name] = node.checkpoint if result is None else open_checkpoint(result.path, name=name)
             if name in scene.outputs and result is not None:
                 results[name] = result
+
+        apart = _Apart(engine) if isinstance(engine, Cluster) else None
+        waiting = [name for name, node in nodes.items() if node.needed]
+        with apart or nullcontext():
+            while waiting or (apart and apart.running):
+                ready = _ready(nodes, waiting, apart.running.values() if apart else ()) if apart else waiting[:1]
+                for node in map(current, ready):
+                    waiting.remove(node.step.name)
+                    if apart and apart.takes(node, alone=len(ready) == 1):
+                        notice(node.step, node.plan)
+                        apart.start(scene, node)
+                    else:
+                        keep(node, _do(scene, node, report, partial(notice, node.step), engine))
+                if apart and apart.running and not _ready(nodes, waiting, apart.running.values()):
+                    for node, result in apart.ended():
+                        keep(node, _done(scene, node, result))
     return results
 
 
@@ -121,45 +149,74 @@ def _do(scene: Scene, node: Node, report: Report, notice: Callable[[Plan], None]
         return RunResult(node.target, read_record(node.target / LINEAGE_FILE), found=True)
     if node.state == "copy":
         return _take(node)
-    is_output = node.step.name in scene.outputs
-    if is_output and not node.step.cache:
-        result = run_op(
-            node.op,
-            list(node.parents),
-            node.target,
-            options=node.options,
-            report=report,
-            notice=notice,
-            reuse=True,
-            engine=engine,
-            plan=node.plan,
-            take=True,
-        )
-        _remember(scene, node, result)
-        return result
-    result = _into_cache(node, report, notice, engine)
+    work = _work(scene, node)
+    return _done(scene, node, _make(work, report, notice, engine, plan=node.plan))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What making one node's result takes, without the recipe around it: it can be done in another process."""
+
+    op: Op
+    parents: tuple[Checkpoint, ...]
+    target: Path | None
+    options: RunOptions
+    in_cache: str | None  # its key, where it goes to the cache
+
+
+def _work(scene: Scene, node: Node) -> _Work:
+    straight = node.step.name in scene.outputs and not node.step.cache
+    assert straight or node.key is not None
+    target = node.target if straight or node.key is None else cache.node_path(node.key)
+    return _Work(node.op, node.parents, target, node.options, None if straight else node.key)
+
+
+def _make(work: _Work, report: Report, notice: Callable[[Plan], None], engine: Engine, plan: Plan | None) -> RunResult:
+    """Make a node's result at its place, or wait for the process that is making it in the cache."""
+    if work.in_cache is not None:
+        return _into_cache(work, report, notice, engine, plan)
+    return run_op(
+        work.op,
+        list(work.parents),
+        work.target,
+        options=work.options,
+        report=report,
+        notice=notice,
+        reuse=True,
+        engine=engine,
+        plan=plan,
+        take=True,
+    )
+
+
+def _done(scene: Scene, node: Node, result: RunResult) -> RunResult:
+    """Remember a result; one in the cache that is an output too is put at the output's place."""
     _remember(scene, node, result)
-    return _take(replace(node, source=result.path)) if is_output else result
+    if node.step.name in scene.outputs and node.step.cache:
+        return _take(replace(node, source=result.path))
+    return result
 
 
-def _into_cache(node: Node, report: Report, notice: Callable[[Plan], None], engine: Engine) -> RunResult:
+def _into_cache(
+    work: _Work, report: Report, notice: Callable[[Plan], None], engine: Engine, plan: Plan | None
+) -> RunResult:
     """Make a node of the cache, or wait for the process that is making it."""
-    assert node.key is not None
-    target = cache.node_path(node.key)
-    own = replace(node.options, overwrite=False)
+    assert work.in_cache is not None and work.target is not None
+    target = work.target
+    own = replace(work.options, overwrite=False)
     told = came_late = False
     while True:
         try:
             result = run_op(
-                node.op,
-                list(node.parents),
+                work.op,
+                list(work.parents),
                 target,
                 options=replace(own, resume=own.resume and _unfinished(target)),
                 report=report,
                 notice=(lambda plan: None) if told else notice,
                 reuse=True,
                 engine=engine,
-                plan=node.plan,
+                plan=plan,
                 take=True,
             )
         except (Busy, OutputError) as err:
@@ -170,8 +227,66 @@ def _into_cache(node: Node, report: Report, notice: Callable[[Plan], None], engi
             time.sleep(0 if came_late else _PATIENCE)
             continue
         cache.protect(result.path)
-        cache.touch(node.key)
+        cache.touch(work.in_cache)
         return result
+
+
+def _ready(nodes: Mapping[str, Node], waiting: Sequence[str], running: Iterable[Node]) -> list[str]:
+    """Steps that wait for no other."""
+    open_steps = {*waiting, *(node.step.name for node in running)}
+    return [name for name in waiting if not open_steps & set(nodes[name].step.sources)]
+
+
+class _Apart:
+    """Steps that are at work on a cluster, each as a whole: those that train, and those that need not wait for each
+    other. A step that is alone goes there tensor by tensor instead."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.running: dict[Any, Node] = {}
+
+    def __enter__(self) -> "_Apart":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._cluster.cancel(list(self.running))
+
+    def takes(self, node: Node, *, alone: bool) -> bool:
+        """Whether the step can and should be done as a whole; steps that read what was never written cannot."""
+        if node.state != "run" or any(isinstance(p, Planned) or p.layout == "pickle" for p in node.parents):
+            return False
+        trains = any(isinstance(e, Trained) for e in node.plan.entries)
+        return trains or not alone or bool(self.running)
+
+    def start(self, scene: Scene, node: Node) -> None:
+        """Hand the step over."""
+        work = _work(scene, node)
+        memory = node.options.max_memory or _STEP_MEMORY
+        places = [p.path for p in node.parents] + [cache_folder() / "x"]
+        target = work.target or Path("x")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._cluster.check([*places, target])
+        options = replace(work.options, max_memory=memory, engine="local")
+        handle = self._cluster.start(
+            _make_apart,
+            replace(work, options=options),
+            processors=max(options.workers, options.threads),
+            memory=memory,
+            environment={n: os.environ[n] for n in _ENVIRONMENT if n in os.environ}
+            | {"SURGERY_CACHE": str(cache_folder().absolute())},
+        )
+        self.running[handle] = node
+
+    def ended(self) -> Iterator[tuple[Node, RunResult]]:
+        """Steps that have come to their end, at least one, with their results."""
+        for handle in self._cluster.wait(list(self.running)):
+            node = self.running.pop(handle)
+            yield node, self._cluster.result(handle)
+
+
+def _make_apart(work: _Work) -> RunResult:
+    """On a worker of a cluster: one whole step with the threads of that machine."""
+    return _make(work, silent, lambda plan: None, run_jobs, None)
 
 
 def _unfinished(target: Path) -> bool:

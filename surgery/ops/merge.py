@@ -19,7 +19,7 @@ _WORDS = {
     "vocab": ("host", "overlap", "by-token"),
     "rounding": ("nearest", "stochastic"),
     "compat": ("none", "paper"),
-    "engine": ("auto", "stream", "kernels"),
+    "arithmetic": ("auto", "stream", "kernels"),
 }
 
 
@@ -60,7 +60,9 @@ class Merge:
         "nearest"
     )
     compat: Annotated[str, Param("paper: the reference code's TIES and its DARE, which does not rescale.")] = "none"
-    engine: Annotated[str, Param("auto, stream (ours), kernels (mergekit's arithmetic, tensor by tensor).")] = "auto"
+    arithmetic: Annotated[str, Param("auto, stream (ours, in pieces), kernels (mergekit's, a tensor at a time).")] = (
+        "auto"
+    )
     param: Annotated[tuple[str, ...], Param("Parameter of a mergekit method, repeatable.", (), "NAME=VALUE")] = ()
     tower: Annotated[str | None, Param("Prefix of the host's tower, where several fit.", (), "PREFIX")] = None
     layer_map: Annotated[str | None, Param("Pair layers by hand: 0:0,2:1.", (), "HOST:DONOR,...")] = None
@@ -108,7 +110,7 @@ class Merge:
         if self.config is not None:
             from surgery.arch.merging.document import plan_document
 
-            return plan_document(self.config, parents, engine=self.engine)
+            return plan_document(self.config, parents, arithmetic=self.arithmetic)
         if not 2 <= len(parents) <= 3:
             raise UsageError(
                 "parents",

@@ -1,10 +1,12 @@
-"""The operations by name, as "module:class", imported on first use. An operation is its file and one line here."""
+"""The operations by name, as "module:class", imported on first use. An operation is its file and one line here;
+those of other packages come by their entry points (`graph.plugins`)."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import UsageError, closest
+from surgery.errors import UsageError, closest, printable
 from surgery.graph.op import load_attribute
+from surgery.graph.plugins import load_plugin, plugin_ops
 
 OPS: Mapping[str, str] = {
     "init": "surgery.ops.init:Init",
@@ -28,7 +30,10 @@ OPS: Mapping[str, str] = {
 
 
 def load_op(name: str) -> Any:
-    """The class of the operation called `name`; a `UsageError` with the nearest names otherwise."""
-    if name not in OPS:
-        raise UsageError("unknown-op", f"no operation '{name}'", hint=closest(name, list(OPS)))
-    return load_attribute(OPS[name])
+    """The class of the operation `name`, ours or a plug-in's; a `UsageError` with the nearest names otherwise."""
+    if name in OPS:
+        return load_attribute(OPS[name])
+    known = plugin_ops()
+    if name not in known:
+        raise UsageError("unknown-op", f"no operation '{printable(name)}'", hint=closest(name, [*OPS, *known]))
+    return load_plugin(name)

@@ -144,7 +144,7 @@ def test_vocabularies_are_merged_by_ids_or_by_tokens(copy: Pair, command: Comman
 
 @pytest.mark.parametrize("method", ["karcher", "nuslerp", "slerp", "nearswap", "arcee_fusion"])
 def test_methods_of_mergekit_without_a_base(method: str, pair: Pair, command: Command, tmp_path: Path) -> None:
-    ended = command("merge", pair.host, pair.donor, "--method", method, "--engine", "kernels", "-o", "out", "-q")
+    ended = command("merge", pair.host, pair.donor, "--method", method, "--arithmetic", "kernels", "-o", "out", "-q")
     assert ended.code == 0, ended.stderr
     assert changed(pair.host, tmp_path / "out")
 
@@ -152,7 +152,7 @@ def test_methods_of_mergekit_without_a_base(method: str, pair: Pair, command: Co
 @pytest.mark.parametrize("method", ["della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce",
                                     "dare_ties", "ties"])  # fmt: skip
 def test_methods_of_mergekit_with_a_base(method: str, pair: Pair, command: Command, tmp_path: Path) -> None:
-    args = ["merge", pair.host, pair.donor, "--base", pair.base, "--method", method, "--engine", "kernels", "-q"]
+    args = ["merge", pair.host, pair.donor, "--base", pair.base, "--method", method, "--arithmetic", "kernels", "-q"]
     args += ["--density", "0.5"] if method not in ("model_stock", "sce") else []
     ended = command(*args, "-o", "out", "--json")
     assert ended.code == 0, ended.stderr

@@ -88,7 +88,7 @@ def test_a_document_names_the_host_by_itself_and_by_any_method(pair: Pair, comma
     }
     Path("ties.yml").write_text(yaml.safe_dump(document))
     assert command("merge", "-c", "ties.yml", "-o", "out", "-q").code == 0
-    args = ["--base", pair.base, "--method", "ties", "--alpha", "0.8", "--density", "0.3", "--engine", "kernels"]
+    args = ["--base", pair.base, "--method", "ties", "--alpha", "0.8", "--density", "0.3", "--arithmetic", "kernels"]
     assert command("merge", pair.host, pair.donor, *args, "-o", "flags", "-q").code == 0
     one, two = tensors(tmp_path / "out"), tensors(tmp_path / "flags")
     assert all(torch.equal(one[n], two[n]) for n in one) and len(one) == len(two)

@@ -43,7 +43,7 @@ class Row(NamedTuple):
     inputs: Mapping[Key, TensorRef]
 
 
-def plan_document(text: str, parents: Sequence[Checkpoint], *, engine: str = "auto") -> Plan:
+def plan_document(text: str, parents: Sequence[Checkpoint], *, arithmetic: str = "auto") -> Plan:
     """The plan of a document whose models are numbers into `parents`."""
     for parent in parents:
         plain_model(parent)
@@ -58,7 +58,7 @@ def plan_document(text: str, parents: Sequence[Checkpoint], *, engine: str = "au
         first = document.base or document.slices[0].sources[0].key
         rows, kept = _plain_rows(document, parents, first), []
     vocabulary = merged_vocabulary(document, parents) if document.tokenizer is not None else None
-    maker = _Maker(document, parents, adapters, vocabulary, engine)
+    maker = _Maker(document, parents, adapters, vocabulary, arithmetic)
     entries = [*maker.entries(rows, first), *kept]
     return _finished(document, parents, first, entries, vocabulary, mirrored=not document.sliced)
 
@@ -212,14 +212,16 @@ class _Maker:
         parents: Sequence[Checkpoint],
         adapters: Mapping[Key, Adapter],
         vocabulary: Vocabulary | None,
-        engine: str,
+        arithmetic: str,
     ) -> None:
         self.document, self.parents, self.adapters = document, parents, adapters
         self.vocabulary = vocabulary
-        self.streams = engine != "kernels" and document.method in _STREAMED
-        if engine == "stream" and not self.streams:
+        self.streams = arithmetic != "kernels" and document.method in _STREAMED
+        if arithmetic == "stream" and not self.streams:
             raise UsageError(
-                "engine", f"{document.method} of a document is made by mergekit's kernel", hint="leave --engine out"
+                "arithmetic",
+                f"{document.method} of a document is made by mergekit's kernel",
+                hint="leave --arithmetic out",
             )
         # Importing the declaration costs what torch costs: not for the methods whose parameters are known here.
         self.spec = None if document.method in _STREAMED and self.streams else spec_of(document.method)

@@ -44,7 +44,7 @@ class Request:
     dtype: str | None = None
     rounding: str = "nearest"
     compat: str = "none"
-    engine: str = "auto"
+    arithmetic: str = "auto"
     param: tuple[str, ...] = ()
     tower: str | None = None
     layer_map: str | None = None
@@ -131,7 +131,7 @@ class _Method:
     def __init__(self, request: Request, host: Checkpoint, donor: Checkpoint, base: Checkpoint | None) -> None:
         self.request, self.name = request, request.method
         self.spec: Any = None
-        kernel = request.engine == "kernels" or self.name not in (*STREAMED, "swap")
+        kernel = request.arithmetic == "kernels" or self.name not in (*STREAMED, "swap")
         if kernel and self.name != "swap":
             self.spec = spec_of(self.name.replace("-", "_") if self.name in STREAMED else self.name)
         with_base = self.name in WITH_BASE if self.spec is None else uses_base(self.spec) and not takes_two(self.spec)
@@ -169,7 +169,7 @@ class _Method:
                 raise UsageError(
                     "param",
                     f"--param {printable(item)}: {self.name} is made here and has none of mergekit's parameters",
-                    hint="--engine kernels makes it by mergekit",
+                    hint="--arithmetic kernels makes it by mergekit",
                 )
             found[name] = check_value(self.spec, name, value)
         return found

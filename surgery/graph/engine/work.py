@@ -365,7 +365,7 @@ def _described(source: Source, known: Mapping[str, Mapping[str, str]]) -> Any:
         return None
     task, op = source.task, source.op
     drawn = [source.seed, task.full_name] if task.random or task.streamed else []
-    return [op.name, op.version, tell(task), task.dtype, task.shape, drawn, inputs]
+    return [getattr(op, "plugin", op.name), op.version, tell(task), task.dtype, task.shape, drawn, inputs]
 
 
 def is_range(source: Source) -> bool:
