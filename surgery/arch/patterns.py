@@ -71,7 +71,7 @@ def _glob_rule(text: str, old: str, new: str) -> Rule:
     whole, stars, captures = _glob(old)
     used = 0
 
-    def insert(token: re.Match[str]) -> Callable[[re.Match[str]], str]:
+    def group(token: re.Match[str]) -> str:
         nonlocal used
         label = token[1]
         if label is None or label.isdecimal():
@@ -81,21 +81,21 @@ def _glob_rule(text: str, old: str, new: str) -> Rule:
                 raise UsageError(
                     "rename", f"'{text}': the right side takes star {index} and the left has {stars}", hint="add a *"
                 )
-            return lambda match: match[f"star{index}"]
+            return f"star{index}"
         if label not in captures:
             raise UsageError("rename", f"'{text}': {{{label}}} is not on the left", hint="name it there first")
-        return lambda match: match[f"piece_{label}"]
+        return f"piece_{label}"
 
-    pieces: list[str | Callable[[re.Match[str]], str]] = []
-    end = 0
+    template, groups, end = "", [], 0
     for token in _TOKEN.finditer(new):
-        pieces += [new[end : token.start()], insert(token)]
+        template += new[end : token.start()].replace("%", "%%") + "%s"
+        groups.append(group(token))
         end = token.end()
-    pieces.append(new[end:])
+    template += new[end:].replace("%", "%%")
 
     def rename(name: str) -> str | None:
         match = whole.fullmatch(name)
-        return "".join(p if isinstance(p, str) else p(match) for p in pieces) if match else None
+        return template % (match.group(*groups) if groups else ()) if match else None
 
     return Rule(text, old, rename)
 

@@ -1,15 +1,15 @@
 """What a planned recipe will cost: tensors, bytes, memory, disk. From plans alone; no tensor is read."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from surgery.graph.engine.budget import memory_budget
-from surgery.graph.engine.jobs import source_of
+from surgery.graph.engine.jobs import sources_of
 from surgery.graph.engine.work import Made, Source, is_range, leaves, peak_of
 from surgery.graph.nodes import Node
-from surgery.graph.op import Entry, Given, Keep, Trained
+from surgery.graph.op import Entry, Keep, Trained
 from surgery.store import cache
 from surgery.store.digests import cache_folder
 
@@ -17,7 +17,7 @@ from surgery.store.digests import cache_folder
 def node_report(node: Node) -> dict[str, Any]:
     """One step as JSON values: where it stands and why, tensors by how they come to be, bytes and memory."""
     works = node.needed and node.state == "run"
-    sources = {e.full_name: source_of(e, node.op, node.parents, node.options.seed) for e in node.plan.entries}
+    sources = sources_of(node.plan.entries, node.op, node.parents, node.options.seed)
     size = sum(e.nbytes for e in node.plan.entries)
     return {
         "name": node.step.name,
@@ -30,10 +30,10 @@ def node_report(node: Node) -> dict[str, Any]:
         "tensors": {**_count(node.plan.entries, sources), "dropped": len(node.plan.dropped)},
         "bytes": {
             "size": size,
-            "read": _read(sources.values()) if works else size if node.needed and node.state == "copy" else 0,
+            "read": _read(sources) if works else size if node.needed and node.state == "copy" else 0,
             "written": size if works or (node.needed and node.state == "copy") else 0,
         },
-        "peak_memory": _peak(sources.values(), node) if works else 0,
+        "peak_memory": _peak(sources, node) if works else 0,
         "plan": {**node.plan.report, "bytes": node.plan.bytes_report(), "warnings": list(node.plan.warnings)},
     }
 
@@ -55,14 +55,12 @@ def disk_report(nodes: Iterable[Node]) -> list[dict[str, Any]]:
     return list(disks.values())
 
 
-def _count(entries: Iterable[Entry], sources: Mapping[str, Source | None]) -> dict[str, int]:
+def _count(entries: Iterable[Entry], sources: Iterable[Source | None]) -> dict[str, int]:
     counts = dict.fromkeys(("kept", "renamed", "moved", "computed", "trained", "given"), 0)
-    for entry in entries:
-        if isinstance(entry, Trained | Given):
+    for entry, source in zip(entries, sources, strict=True):
+        if source is None:
             counts["trained" if isinstance(entry, Trained) else "given"] += 1
-            continue
-        source = sources[entry.full_name]
-        if source is None or not is_range(source):
+        elif not is_range(source):
             counts["computed"] += 1  # by this step, or by one before it that is never written
         elif isinstance(entry, Keep):
             counts["kept" if entry.ref.name == entry.name else "renamed"] += 1

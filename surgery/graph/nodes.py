@@ -5,8 +5,9 @@ nor asked to be cached, nor read by several others is fused: its tensors are mad
 other one is looked for by its key, where it should lie, in the cache, and where an equal result was put before.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Scene:
     options: RunOptions
     folder: Path
     warn: Warn
+    numbers: Iterator[int] = field(default_factory=itertools.count)  # of the folders there
 
     @property
     def fused(self) -> set[str]:
@@ -144,8 +146,7 @@ def _find(scene: Scene, node: Node, key: str, *, is_output: bool) -> Node | None
 def _planned(scene: Scene, node: Node, *, pending: bool, written: bool) -> Planned:
     known = cache.recall(node.key) if written and node.key else None
     made = PlannedStep(node.op, node.plan, node.parents, node.options.seed, node.key or "")
-    count = sum(1 for _ in scene.folder.iterdir())
-    folder = scene.folder / str(count)
+    folder = scene.folder / str(next(scene.numbers))
     return planned_checkpoint(node.step.name, made, folder, pending=pending, written=written, known=known)
 
 

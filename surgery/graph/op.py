@@ -55,6 +55,11 @@ class Keep(Entry):
     ref: TensorRef
     parent: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Known from the header: plans ask for it often."""
+        return self.ref.nbytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes(Entry):
@@ -139,7 +144,7 @@ class Plan:
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""
-        kept = sum(e.nbytes for e in self.entries if isinstance(e, Keep | Bytes))
+        kept = sum(e.nbytes for e in self.entries if isinstance(e, (Keep, Bytes)))  # noqa: UP038  a union is made anew for every entry
         return {"kept": kept, "written": sum(e.nbytes for e in self.entries) - kept}
 
 

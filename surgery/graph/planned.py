@@ -103,15 +103,15 @@ def planned_checkpoint(
     written: bool = False,
     known: Known | None = None,
 ) -> Planned:
-    """What `made` would publish, with its side files in `folder`, which must not exist yet."""
-    from surgery.graph.engine.jobs import source_of
+    """What `made` would publish, with its side files in `folder`, which must not exist yet and is made when needed."""
+    from surgery.graph.engine.jobs import sources_of
 
     plan = made.plan
-    folder.mkdir(parents=True)
     _put_side_files(plan, folder)
-    shards, indexes = plan_shards(plan, key=made.key)
+    shards, indexes = plan_shards(plan, key=None)
     sizes = {e.full_name: s.file.places[e.name][1] for s in shards for e in s.entries} if indexes else {}
     for name, weight_map in indexes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(index_json(name, weight_map, sizes))
     sources: dict[tuple[str, str], Source] = {}
     tensors: dict[str, dict[str, TensorRef]] = {p.part: {} for p in plan.parts}
@@ -120,12 +120,13 @@ def planned_checkpoint(
         path = f"{folder}/{shard.file.relative}"
         part = shard.entries[0].part if shard.entries else plan.parts[0].part
         files[part].append(path)
+        refs = tensors[part]
         for entry in shard.entries:
             offset, count = shard.file.places[entry.name]
-            tensors[part][entry.name] = TensorRef(entry.name, entry.dtype, entry.shape, path, offset, count)
-            source = None if written else source_of(entry, made.op, made.parents, made.seed)
-            if source is not None:
-                sources[path, entry.name] = source
+            refs[entry.name] = TensorRef(entry.name, entry.dtype, entry.shape, path, offset, count)
+        if not written:
+            found = sources_of(shard.entries, made.op, made.parents, made.seed)
+            sources |= {(path, e.name): s for e, s in zip(shard.entries, found, strict=True) if s is not None}
     copied = {f.relative for f in plan.files}
     side = tuple(sorted(n for n in copied if not n.endswith(".index.json")))
     own = {n.rpartition("/")[0]: n for n in (*copied, *indexes) if n.endswith(".safetensors.index.json")}

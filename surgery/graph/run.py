@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache as cache_in_memory
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -475,6 +476,7 @@ def _processor() -> str:
     return printable(" ".join(words + [found[key] for key in keys if key in found]))
 
 
+@cache_in_memory
 def _version(package: str) -> str:
     try:
         return installed_version(package)

@@ -1,5 +1,6 @@
 """Which output file each tensor goes to, and in what order inside it. Planning only: no byte is read or moved."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -26,14 +27,15 @@ class Shard:
 
 
 def plan_shards(
-    plan: Plan, *, key: str, shard_size: int | None = None
+    plan: Plan, *, key: str | None, shard_size: int | None = None
 ) -> tuple[list[Shard], dict[str, dict[str, str]]]:
     """Group the plan's entries into files; returns them and, for each part with several, the weight map of its index.
 
     Kept tensors stay in the grouping of the parent's files, so that an untouched file moves as one range; new tensors
     get files of their own. Small parts become one file. A `shard_size` in bytes holds for every file (a tensor that is
     larger stands alone); without one it is `SHARD_SIZE` for new tensors, and kept files may be as large as they were.
-    A plan that mirrors a parent has that one's files, with its index among the plan's own files.
+    A plan that mirrors a parent has that one's files, with its index among the plan's own files. `key` goes into the
+    headers; with None there are none, for files that will never be: offsets then tell the order alone.
     """
     if plan.mirror is not None and shard_size is None:
         return _mirrored(plan, plan.mirror, key)
@@ -72,7 +74,7 @@ def plan_shards(
     return shards, indexes
 
 
-def _mirrored(plan: Plan, parent: Checkpoint, key: str) -> tuple[list[Shard], dict[str, dict[str, str]]]:
+def _mirrored(plan: Plan, parent: Checkpoint, key: str | None) -> tuple[list[Shard], dict[str, dict[str, str]]]:
     """The parent's files again: the same names and order, and its header bytes where every tensor is as it was but for
     its values. Only an index that says something else than the parent's is returned: the plan copies that one."""
     shards: list[Shard] = []
@@ -135,7 +137,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _beside(entries: list[Entry], prefix: str, base: str, stem: str, key: str) -> tuple[list[Shard], dict[str, str]]:
+def _beside(
+    entries: list[Entry], prefix: str, base: str, stem: str, key: str | None
+) -> tuple[list[Shard], dict[str, str]]:
     """The parent's files as they are, and new ones called `stem`-00001 and so on for the rest; with the weight map."""
     old: dict[str, list[Entry]] = {}
     new: list[Entry] = []
@@ -193,7 +197,11 @@ def _cut(entries: list[Entry], size: int) -> Iterable[list[Entry]]:
         yield sorted(piece, key=lambda e: -DTYPE_BITS[e.dtype])
 
 
-def _file(relative: str, group: list[Entry], key: str) -> PlannedFile:
+def _file(relative: str, group: list[Entry], key: str | None) -> PlannedFile:
+    if key is None:
+        ends = [0, *itertools.accumulate(e.nbytes for e in group)]
+        places = {e.name: (start, end - start) for e, (start, end) in zip(group, itertools.pairwise(ends), strict=True)}
+        return PlannedFile(relative, b"", places, ends[-1])
     # Loaders look for `format`; the node's key says which run a lone file came from.
     metadata = {"format": "pt", "surgery": key}
     return PlannedFile.plan(relative, ((e.name, e.dtype, e.shape) for e in group), metadata=metadata)

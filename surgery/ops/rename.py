@@ -3,9 +3,9 @@
 Inputs: one checkpoint of any kind. Changes: names only; every byte is kept and moves as a range.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch.carried import full_name, kept, part_names, side_files
@@ -115,7 +115,12 @@ def _groups(moved: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "{n}", name)
+    return ".".join(map(_folded_piece, name.split(".")))
+
+
+@lru_cache(4096)
+def _folded_piece(piece: str) -> str:
+    return "{n}" if piece.isdecimal() else piece
 
 
 def _warnings(base: Checkpoint, moved: Mapping[str, str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ tensors, and what the config says about their number. Every byte is kept.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch.blocks import BlockList, DepthEdit, block_lists, edit_depth, find_blocks, split_block
@@ -139,8 +140,6 @@ def _parameters(base: Checkpoint) -> int:
 
 
 def _elements(shape: Sequence[int]) -> int:
-    from math import prod
-
     return prod(shape)
 
 

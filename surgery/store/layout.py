@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -100,10 +101,15 @@ def read_json(path: Path) -> Any:
 def natural(name: str) -> tuple[str, str]:
     """Sort key that puts `layers.2` before `layers.10`. Only ASCII digits count, and no number is too long for it."""
     # A number sorts before text, a short one before a long one; "1" and "01" are different names all the same.
-    return _NUMBERS.sub(_sortable, name), name
+    return ".".join(map(_sortable, name.split("."))), name
 
 
-def _sortable(match: re.Match[str]) -> str:
+@lru_cache(4096)  # a hundred thousand names are made of few pieces
+def _sortable(piece: str) -> str:
+    return _NUMBERS.sub(_sortable_number, piece)
+
+
+def _sortable_number(match: re.Match[str]) -> str:
     digits = match[0].lstrip("0")
     return f"\0{chr(min(len(digits), 0x10FFFF))}{digits}"
 
