@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median_low
 
 from measure import SURGERY, Cost, finish, median, row, run
 
@@ -20,25 +21,20 @@ def main() -> None:
             raise SystemExit("surgery init failed")
         inspect = median([*SURGERY, "inspect", str(big), "--json"], runs=3)
         plan = median([*SURGERY, "graft", "--replace", "attn=hyena", str(big), "--dry-run"], runs=3)
-        torch = median([sys.executable, "-c", "import torch"], runs=3)
-        copy = _again(["cp", "-r", str(big), str(folder / "copy")], folder / "copy")
-        target = folder / "big-g"
-        graft = _again(
-            [
-                *SURGERY,
-                "graft",
-                "--replace",
-                "attn=hyena:k=4",
-                str(big),
-                "--layers",
-                "50%",
-                "--init",
-                "random",
-                "-o",
-                str(target),
-            ],
-            target,
-        )
+        target, copied = folder / "big-g", folder / "copy"
+        words = f"graft --replace attn=hyena:k=4 {big} --layers 50% --init random -o {target}"
+        # In turn, each graft beside its own copy: what else the machine does moves both.
+        pairs = [
+            (
+                run([sys.executable, "-c", "import torch"]),
+                _again(["cp", "-r", str(big), str(copied)], copied, runs=1),
+                _again([*SURGERY, *words.split()], target, runs=1),
+            )
+            for _ in range(5)
+        ]
+        ratios = [max(0.0, graft.cpu - torch.cpu) / copy.cpu for torch, copy, graft in pairs]
+        at = ratios.index(median_low(ratios))
+        torch, copy, graft = pairs[at]
         digits = [*SURGERY, "graft", "--replace", "attn=hyena", "dit-digits", "--data", "digits", "--layers", "all"]
         one = _again([*digits, "--workers", "1", "-o", str(folder / "one")], folder / "one", runs=1)
         two = _again([*digits, "--workers", "2", "-o", str(folder / "two")], folder / "two", runs=1)
@@ -49,12 +45,13 @@ def main() -> None:
                 row("graft --dry-run, 3 GB", plan.cpu, "CPU s", 0.5),
                 row(
                     "graft 50 %, random, CPU without torch's import / CPU of cp -r",
-                    max(0.0, graft.cpu - torch.cpu) / copy.cpu,
+                    ratios[at],
                     "x",
                     2.0,
-                    f"graft {graft.cpu:.2f} s, torch {torch.cpu:.2f} s, cp {copy.cpu:.2f} s",
+                    f"median of {len(pairs)} in turn, {min(ratios):.2f} to {max(ratios):.2f}; its graft "
+                    f"{graft.cpu:.2f} s, torch {torch.cpu:.2f} s, cp {copy.cpu:.2f} s",
                 ),
-                row("the same, peak anonymous memory", graft.anonymous / 2**20, "MiB", 600),
+                row("the same, peak anonymous memory", max(g.anonymous for _, _, g in pairs) / 2**20, "MiB", 600),
                 row(
                     "init, peak anonymous memory",
                     made.anonymous / 2**20,

@@ -1,5 +1,7 @@
 """The command: a table of lazily loaded sub-commands, global options, and how errors end a process."""
 
+import atexit
+import gc
 import io
 import os
 import re
@@ -332,9 +334,17 @@ def _heed_signals() -> None:
     sys.unraisablehook = unraisable
 
 
+def _leave_cycles() -> None:
+    """Spare the interpreter its last search for cycles, 0.4 s after torch: the process ends and nothing is freed by it.
+    Triton's bindings take what is not freed for a leak and say so."""
+    if "triton" not in sys.modules:
+        gc.freeze()
+
+
 def main() -> None:
     """Run the command line; the exit status is that of the error's class."""
     _heed_signals()
+    atexit.register(_leave_cycles)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Paths go out as the bytes they are; what the encoding of the terminal lacks goes out escaped.
         plain = sys.stdout.encoding.lower() in ("utf-8", "utf8")

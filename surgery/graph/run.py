@@ -20,7 +20,7 @@ from surgery.graph.engine.budget import memory_budget
 from surgery.graph.engine.cluster import engine_named
 from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
 from surgery.graph.engine.local import Engine
-from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, tensor_keys, uses_torch
+from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, load_torch, tensor_keys, uses_torch
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
     Given,
@@ -291,6 +291,7 @@ def _train(
         raise CheckpointError(
             "bad-plan", f"{op.name}: trained tensors without a trainer", hint="a fault in the operation"
         )
+    load_torch()
     import torch
 
     before = torch.get_num_threads()
@@ -358,7 +359,7 @@ def _write(
         space.write(file, entry.name, data)
         note((file, entry), hashlib.sha256(data).hexdigest())
     if any(map(uses_torch, work.jobs)):
-        import torch  # noqa: F401  what is loaded by now counts as held, not as room for tensors
+        load_torch()  # what is loaded by now counts as held, not as room for tensors
 
     budget = memory_budget(options.max_memory)
     pickles = {file: tensors for root in roots(parents) for file, tensors in root.pickles.items()}

@@ -208,6 +208,24 @@ def test_the_reference_can_be_held_out_images_or_another_file(command: Run, digi
     assert (itself["precision"], itself["recall"]) == (1, 1)
 
 
+def test_a_reference_that_was_sampled_in_another_way_is_refused_by_name(
+    command: Run, digits: Path, tmp_path: Path
+) -> None:
+    with np.load(digits / "a.npz") as file:
+        entries = {key: file[key] for key in file.files}
+    how = json.loads(str(entries["settings"]))
+    changes = {"sampler": "ddpm", "steps": 50, "guidance": 1.5, "cfg_channels": "3", "spacing": "leading", "n": 199}
+    for key, value in changes.items():
+        rows = {name: array[: value if key == "n" else 200] for name, array in entries.items() if name != "settings"}
+        np.savez(tmp_path / "ref.npz", **rows, settings=np.array(json.dumps(how | {key: value})))
+        ended = command("eval", "images", digits / "a.npz", "--ref", "ref.npz", "--bootstrap", "0")
+        assert ended.code == 2, key
+        said_one_error(ended, "usage.settings-differ")
+        assert f"{key} {how[key]} against {value}" in ended.stderr
+    for ref in (digits / "b.npz", digits / "foreign.npz"):  # the same settings; real images, which record none
+        assert command("eval", "images", digits / "a.npz", "--ref", ref, "--bootstrap", "0").code == 0
+
+
 BAD_EVALUATIONS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "other settings": (("a.npz", "--baseline", "other.npz"), 2, "usage.settings-differ"),
     "unknown settings": (("a.npz", "--baseline", "foreign.npz"), 2, "usage.settings-unknown"),

@@ -8,11 +8,14 @@ reports 50 000 samples throughout; the Frechet distance of 1 000 is another quan
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from surgery.evals.images.sample import Samples
 
 Report = Callable[[str, Mapping[str, float]], None]
 
@@ -42,15 +45,20 @@ def evaluate_images(
     settings   sampling settings of a file made elsewhere, which records none; what the file records wins
 
     The result is plain data for JSON. `inception_score` is None without class probabilities; `notes` says what to be
-    careful about. Raises UsageError or CheckpointError as the readers, extractors and metrics do.
+    careful about. Raises UsageError when `ref` is a file that records other sampling settings than `samples`, and
+    UsageError or CheckpointError as the readers, extractors and metrics do.
     """
     from surgery.evals.images import metrics
     from surgery.evals.images.sample import load_samples
 
     generated = load_samples(samples)
+    against = load_samples(_npz_path(ref)) if features == "npz" or ref.endswith(".npz") else None
+    if against is not None:
+        _refuse_other_settings(samples, generated, ref, against)
     if features == "npz":
+        assert against is not None
         gen, probs, gen_id = _stored(generated, samples)
-        real, _, ref_id = _stored(load_samples(_npz_path(ref)), ref)
+        real, _, ref_id = _stored(against, ref)
         if gen_id != ref_id:
             raise UsageError(
                 "extractors-differ",
@@ -65,7 +73,7 @@ def evaluate_images(
         if generated.images is None:
             raise UsageError("no-images", f"{samples} holds features but no images", hint="use the features npz")
         extractor = open_extractor(features)
-        name, real_pixels = _reference(ref, split)
+        name, real_pixels = _reference(ref, split, against)
         gen, probs = extract(generated.images, extractor, report=report)
         real, _ = extract(real_pixels, extractor, report=report)
         extractor_id, ref_digest = extractor.id, _digest(real_pixels)
@@ -135,17 +143,33 @@ def compare(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
-def _reference(ref: str, split: str) -> tuple[str, np.ndarray]:
-    """Name and uint8 [n, H, W, C] pixels of the real images."""
+def _refuse_other_settings(samples: str | Path, generated: "Samples", ref: str, against: "Samples") -> None:
+    """Raise UsageError when both files record how they were sampled and it was not the same way. A file that records
+    nothing is one of real images, of which there may be any number."""
+    mine, theirs = generated.settings, against.settings
+    if not mine or not theirs:
+        return
+    differing = [
+        f"{key} {mine[key]} against {theirs[key]}"
+        for key in ("n", *SETTINGS)
+        if key in mine and key in theirs and mine[key] != theirs[key]
+    ]
+    if differing:
+        raise UsageError(
+            "settings-differ",
+            f"{samples} and {ref} were sampled in different ways: {', '.join(differing)}",
+            hint="sample both with the same settings, or compare each with real images",
+        )
+
+
+def _reference(ref: str, split: str, against: "Samples | None") -> tuple[str, np.ndarray]:
+    """Name and uint8 [n, H, W, C] pixels of the real images, or of the file that is read already."""
     from surgery.evals.pictures import to_uint8
 
-    if ref.endswith(".npz"):
-        from surgery.evals.images.sample import load_samples
-
-        found = load_samples(_npz_path(ref)).images
-        if found is None:
+    if against is not None:
+        if against.images is None:
             raise UsageError("no-images", f"{ref} holds features but no images", hint="use the features npz")
-        return ref, found
+        return ref, against.images
     from surgery.data.images import load_images
 
     if split not in ("train", "val"):
