@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from surgery.arch.merging.arithmetic import PIECE, Array, Bits, Sink, Source, working_dtype
+from surgery.arch.merging.packed import weighted_sums
 from surgery.store.reader import Reader
 
 WITH_BASE = ("task-arithmetic", "ties", "dare-linear", "dare-ties")
@@ -49,6 +50,10 @@ def stream(formula: Formula, readers: Sequence[Reader], dtype: str, name: str, s
     dither = Bits(seed, ROUNDING) if formula.rounding == "stochastic" else None
     sink = Sink(dtype, name, min(PIECE, max(total, 1)), dither=dither)
     make = merger(formula, readers, seed)
+    if formula.method == "linear" and dither is None and {dtype, *(r.dtype for r in readers)} == {"BF16"}:
+        for start, count, done in weighted_sums(_shares(formula, np.float32), readers, total, PIECE):
+            yield sink.encode(make(start, count), start) if done is None else done
+        return
     for start in range(0, total, PIECE):
         count = min(PIECE, total - start)
         yield sink.encode(make(start, count), start)
@@ -76,9 +81,8 @@ def elements(shape: Sequence[int]) -> int:
 
 
 def _linear(formula: Formula, sources: Sequence[Source], work: Any) -> Merger:
-    """sum_i w_i W_i, each product and sum rounded once; with `normalize`, w_i / sum w."""
-    total = sum(formula.weights) if formula.normalize else 1.0
-    weights = [work(w / total) if total != 1.0 else work(w) for w in formula.weights]
+    """sum_i w_i W_i, each product and sum rounded once."""
+    weights = _shares(formula, work)
 
     def make(start: int, count: int) -> Array:
         out = sources[0].read(start, count)
@@ -90,6 +94,12 @@ def _linear(formula: Formula, sources: Sequence[Source], work: Any) -> Merger:
         return out
 
     return make
+
+
+def _shares(formula: Formula, work: Any) -> list[Any]:
+    """The weights as numbers of the working dtype; with `normalize`, w_i / sum w."""
+    total = sum(formula.weights) if formula.normalize else 1.0
+    return [work(w / total) if total != 1.0 else work(w) for w in formula.weights]
 
 
 def _slerp(formula: Formula, sources: Sequence[Source], total: int) -> Merger:
