@@ -5,6 +5,7 @@ the same number of steps. Stage B: all weights, or LoRA on the linear layers wit
 weight decay.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from surgery.errors import NonFiniteLoss, ResourceError
 from surgery.train.coe.data import Sequences
@@ -41,8 +41,27 @@ class Stage:
     save_every: int = 0
 
 
+TRAINED = "trained.safetensors"
+
+
 class _Groups(Trainer):
-    """Transformers' trainer with gates, norms and biases out of the weight decay."""
+    """Transformers' trainer with gates, norms and biases out of the weight decay, and states of its own.
+
+    The library's states are in the names of a checkpoint: it fuses experts when it loads a model, but not when it goes
+    on with a run, and of a model with adapters it keeps the adapters alone. Here a state holds every tensor that is
+    trained, by its name in the module.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {n: t.detach().contiguous() for n, t in self.model.named_parameters() if t.requires_grad}
+        save_file(trained, str(folder / TRAINED))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:
@@ -90,6 +109,31 @@ def free(model: Any, stage: Stage) -> int:
         tensor.requires_grad_(own if stage.gates_only else True)
         total += tensor.numel() if tensor.requires_grad else 0
     return total
+
+
+def restore(model: Any, state: Path) -> None:
+    """Give every tensor that is trained its value in `state`, bit for bit; all of them have to be there."""
+    from safetensors.torch import load_file
+
+    found = load_file(str(state / TRAINED))
+    mine = {n: t for n, t in model.named_parameters() if t.requires_grad}
+    if found.keys() != mine.keys():
+        raise RuntimeError(f"{state}: holds other tensors than are trained: {sorted(found.keys() ^ mine.keys())[:3]}")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(found[name])
+
+
+def last_state(folder: Path) -> tuple[Path | None, int, list[dict[str, Any]]]:
+    """(newest whole state under `folder`, its step, what was logged up to it). A state's json is written last, so one
+    that a killed process left unfinished has none that can be read."""
+    for place in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2])):
+        try:
+            state = json.loads((place / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return place, int(state["global_step"]), list(state["log_history"])
+    return None, 0, []
 
 
 def _is_router(name: str) -> bool:
@@ -144,8 +188,12 @@ def run_stage(
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last, step, logged = last_state(folder)
+    watch.curve += [(int(row["step"]), float(row["loss"])) for row in logged if "loss" in row]
+    if last is not None and step >= stage.steps:
+        restore(model, last)  # this stage was over; the trainer would take one more step
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if stage.lora and not stage.gates_only:
         model = model.merge_and_unload()
     tokens = stage.steps * stage.batch * stage.accumulate * data.ids.shape[1]

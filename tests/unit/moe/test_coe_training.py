@@ -1,6 +1,7 @@
 """Training after a conversion: what is trained, beside what, and what is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from surgery.ops.train_coe import TrainCoe
 from surgery.store.checkpoint import open_checkpoint
 from surgery.train.coe.data import load_split, mean_loss
 from surgery.train.coe.run import unconverted
-from surgery.train.coe.stages import Stage, _Groups, free, run_stage
+from surgery.train.coe.stages import Stage, _Groups, free, last_state, run_stage
 
 STAGE = Stage("weights", 3, 1e-3, 2, 1, 0.1, 0.01, 1.0, (0.9, 0.95), False, 0)
 
@@ -125,6 +126,41 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss, match="at step 1"):
         run_stage(model, split.train, STAGE, folder=tmp_path / "s", device="cpu", report=silent, label="x")
+
+
+@pytest.mark.parametrize("lora", [0, 2], ids=["all", "lora"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_a_killed_stage_ends_with_the_bytes_of_one_that_was_not(kind: str, lora: int, tmp_path: Path) -> None:
+    """Experts lie one by one on disk and fused in the module, and adapters beside routers that are trained whole: a
+    state has all of it. What a killed process left half written is passed over."""
+    stage = replace(STAGE, steps=8, save_every=2, lr=1e-2, lora=lora)
+    split = load_split("stdlib", length=8, held_out=2, template="", tokenizer=None, vocabulary=256)
+
+    class Killed(Exception):
+        pass
+
+    def run(name: str, kill: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        def report(label: str, values: Any) -> None:
+            if values["step"] == kill:
+                raise Killed
+
+        model = chained(moe_model(kind, vocab_size=256), iterations=2, topk=[2, 2], **SPLIT)
+        model, facts = run_stage(
+            model, split.train, stage, folder=tmp_path / name, device="cpu", report=report, label="x"
+        )
+        return {n: t.clone() for n, t in model.state_dict().items()}, facts
+
+    whole, facts = run("whole")
+    with pytest.raises(Killed):
+        run("cut", kill=5)
+    torn = tmp_path / "cut" / "checkpoint-6"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_')
+    assert last_state(tmp_path / "cut")[1] == 4
+    for again in ("cut", "whole"):  # goes on at step 4; was over already
+        values, its = run(again)
+        assert all(torch.equal(values[n], whole[n]) for n in whole) and values.keys() == whole.keys()
+        assert its == facts
 
 
 @pytest.mark.parametrize("mode", ["append", "split"])
