@@ -5,6 +5,7 @@ and gates first, then all weights or LoRA. Inputs: a chain (and, if wanted, anot
 mixture of experts, or none with `arch`. Changes: values of tensors; names, shapes and files stay.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -178,6 +179,14 @@ class TrainCoe:
         return {"gate_steps": self.gate_steps, "steps": self.steps, "tokens_per_step": tokens}
 
     def _check(self) -> None:
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes not in ("", "1"):
+            raise UsageError(
+                "several-processes",
+                f"train coe runs in one process, and this launch has {processes}",
+                hint="start it without a launcher; a chain also trains in a script of yours with TRL or Transformers, "
+                "which accelerate launch or torchrun may start many times",
+            )
         ranges = {
             "0 or more": (("gate_steps", "steps", "lora", "decay", "save_every"), lambda v: v >= 0),
             "1 or more": (("batch", "accumulate", "held_out"), lambda v: v >= 1),

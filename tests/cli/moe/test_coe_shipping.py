@@ -146,3 +146,49 @@ def test_the_loader_of_the_toolkit_knows_them(place: Path) -> None:
 
     model = load_model(open_checkpoint(place / "qwen3_moe-coe"))
     assert type(model).__name__ == "CoEQwen3MoeForCausalLM"
+
+
+@pytest.mark.slow
+def test_trl_trains_it_in_two_processes_without_the_toolkit(place: Path) -> None:
+    """TRL on accelerate under torchrun: every tensor moves, both processes end with the same ones, and what is saved
+    loads again, whole."""
+    script = place / "sft.py"
+    script.write_text(
+        STRANGER
+        + """
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+words = {f"w{i}": i for i in range(64)}
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0", eos_token="w1", pad_token="w2"
+)
+rows = [[3 + (7 * i + j * j) % 60 for j in range(16)] for i in range(16)]
+model = load("qwen3_moe-coe")
+start = {n: p.detach().clone() for n, p in model.named_parameters()}
+options = SFTConfig(
+    output_dir="sft", max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, bf16=False,
+    report_to=[], save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
+)
+data = Dataset.from_list([{"input_ids": r, "labels": r} for r in rows])
+trainer = SFTTrainer(model=model, args=options, train_dataset=data, processing_class=tokenizer)
+trainer.train()
+assert trainer.args.world_size == 2
+still = [n for n, p in model.named_parameters() if torch.equal(p, start[n])]
+assert not still, still
+sums = torch.tensor([float(p.detach().double().sum()) for p in model.parameters()], dtype=torch.float64)
+both = trainer.accelerator.gather(sums[None])
+assert torch.equal(both[0], both[1])
+trainer.save_model("sft")
+trainer.accelerator.wait_for_everyone()
+again, info = load("sft", output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+state = again.state_dict()
+assert all(torch.equal(state[n], p) for n, p in model.named_parameters())
+"""
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -284,6 +284,13 @@ def test_wrong_requests_are_refused_before_anything_is_read(options: dict[str, A
         TrainCoe(**options).plan(PlanContext())
 
 
+def test_a_launch_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would train apart and write the same output."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="in one process, and this launch has 2"):
+        TrainCoe(arch="coe-tiny", baseline="qwen3-moe-tiny", steps=1).plan(PlanContext())
+
+
 def test_a_large_model_is_refused_on_a_cpu(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="--device cuda|take days on a CPU"):
         surgery.apply("train-coe", out=tmp_path / "out", arch="coe-544m", baseline="moe-544m", steps=1)
