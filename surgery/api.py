@@ -9,6 +9,7 @@ from surgery.errors import UsageError
 from surgery.graph.op import build_op, check_parents
 from surgery.graph.run import RunOptions, RunResult, run_op
 from surgery.ops.table import OPS, load_op
+from surgery.steps import load_step
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.names import open_named
 
@@ -100,4 +101,4 @@ def run(
     read = read_recipe(Path(recipe), changes=changes)
     options = options or RunOptions()
     place = Path(out) if out is not None else None
-    return run_recipe(read, load_op, partial(open_named, offline=options.offline), place, options=options, warn=warn)
+    return run_recipe(read, load_step, partial(open_named, offline=options.offline), place, options=options, warn=warn)

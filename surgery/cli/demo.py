@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli import output
-from surgery.cli.images import sample_to_file
 from surgery.errors import UsageError
 from surgery.graph.op import build_op
 from surgery.graph.run import RunOptions, run_op
@@ -131,6 +130,7 @@ def _row(
     from surgery.arch.dit.checkpoints import load_model, scheduler_config
     from surgery.arch.dit.diffusion import NoiseSchedule, heldout_loss
     from surgery.data.images import load_images
+    from surgery.evals.images.checkpoint import sample_to_file
     from surgery.evals.images.evaluate import evaluate_images
 
     path, training, name = source.path, {}, base

@@ -12,6 +12,7 @@ import typer
 
 from surgery.cli import output
 from surgery.errors import UsageError, printable
+from surgery.graph.evaluation import check_no_report
 from surgery.graph.op import Param, Plan, PlanContext, build_op, check_parents, op_params, parent_range, shown_name
 from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, run_op
 from surgery.graph.shards import parse_size
@@ -193,6 +194,7 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         if parent.ignored:
             output.note(f"{parent.name}: left out other forms of the weights: {', '.join(parent.ignored[:4])}")
     if common["dry_run"]:
+        check_no_report(parents)
         plan = op.plan(PlanContext(options.seed, options.offline), *parents)
         check_plan(plan)
         show_plan(op, plan, as_json=common["as_json"])

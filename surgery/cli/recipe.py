@@ -9,9 +9,10 @@ import typer
 from surgery.cli import output
 from surgery.cli.operation import note_alone, open_source
 from surgery.errors import UsageError
-from surgery.graph.run import RunOptions, check_device
+from surgery.graph.run import RunOptions, RunResult, check_device
 from surgery.graph.shards import parse_size
-from surgery.ops.table import load_op
+from surgery.steps import load_step
+from surgery.store.layout import REPORT_FILE, read_json
 
 if TYPE_CHECKING:
     from surgery.graph.nodes import Node
@@ -100,7 +101,7 @@ def run_and_report(recipe: "Recipe", out: Path | None, options: RunOptions, *, a
     with output.Progress() as report:
         results = run_recipe(
             recipe,
-            load_op,
+            load_step,
             partial(open_source, offline=options.offline),
             out,
             options=options,
@@ -128,6 +129,7 @@ def run_and_report(recipe: "Recipe", out: Path | None, options: RunOptions, *, a
                     "source": str(r.source) if r.source else None,
                     "reused": r.reused,
                     "taken": r.taken,
+                    **_numbers(r),
                 }
                 for n, r in results.items()
             }
@@ -135,6 +137,12 @@ def run_and_report(recipe: "Recipe", out: Path | None, options: RunOptions, *, a
         return
     for result in results.values():
         output.data(str(result.path))
+
+
+def _numbers(result: RunResult) -> dict[str, Any]:
+    """What an evaluation found."""
+    listed = any(row["path"] == REPORT_FILE for row in result.record["output"]["files"])
+    return {"report": read_json(result.path / REPORT_FILE)} if listed and not result.record["tensors"] else {}
 
 
 def plan(
@@ -177,10 +185,11 @@ def schema() -> None:
 
     Example:  surgery schema > recipe.schema.json
     """
+    from surgery.evals.table import EVALS
     from surgery.graph.recipe_schema import recipe_schema
     from surgery.ops.table import OPS
 
-    output.data_json(recipe_schema({name: load_op(name) for name in OPS}))
+    output.data_json(recipe_schema({name: load_step(name) for name in (*OPS, *EVALS)}))
 
 
 def _options(
@@ -234,7 +243,7 @@ def print_plans(
     pictures: list[tuple[str, list[Any]]] = []
     for recipe, out in recipes:
         opener = partial(open_source, offline=options.offline)
-        with prepared(recipe, load_op, opener, out, options=options, warn=output.warn) as (scene, nodes):
+        with prepared(recipe, load_step, opener, out, options=options, warn=output.warn) as (scene, nodes):
             with without_collector():
                 rows = [node_report(node) for node in nodes.values()]
             disks = disk_report(nodes.values())

@@ -11,7 +11,7 @@ from surgery.errors import Mismatch, UsageError, printable
 from surgery.graph.replay import Replayed, ReplayOptions
 from surgery.graph.replay import replay as rebuild
 from surgery.graph.run import RunOptions
-from surgery.ops.table import load_op
+from surgery.steps import load_step
 
 
 def replay(
@@ -48,7 +48,7 @@ def replay(
     run = RunOptions(overwrite=overwrite, resume=resume, offline=offline, **extra)
     options = ReplayOptions(_given(parent or []), deep, device, threads, run)
     with output.Progress() as report:
-        found = rebuild(checkpoint, to, load_op, options=options, report=report)
+        found = rebuild(checkpoint, to, load_step, options=options, report=report)
     _show(found, as_json=as_json)
     if not found.equal:
         differing = f"{len(found.tensors):,} tensors" if found.tensors else f"{len(found.files):,} files"

@@ -16,7 +16,7 @@ from surgery.graph.op import Bytes, Compute, Given, Keep, Plan, Trained
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint, content_digest
 from surgery.store.header import read_header
-from surgery.store.layout import LINEAGE_FILE
+from surgery.store.layout import LINEAGE_FILE, REPORT_FILE
 from surgery.store.record import record_digest
 
 _quoted = json.encoder.encode_basestring
@@ -72,7 +72,7 @@ def make_record(
     is only a step of a chain and never written, which its key stands for. `measured` is left out of the record's
     digest: sums of floats differ in their last digits from one processor to another."""
     names = _parent_names(parents)
-    edits = [_plain(edit) for edit in plan.config_edits]
+    edits = [plain(edit) for edit in plan.config_edits]
     ancestors: dict[str, Any] = {}
     for parent in parents:
         if parent.lineage:
@@ -96,10 +96,10 @@ def make_record(
     if plugin:
         step["plugin"] = plugin
     if training:
-        step["training"] = _plain(training)
+        step["training"] = plain(training)
     record: dict[str, Any] = {
         "surgery": 1,
-        "digest": _digest_of(rows) if tensors is not None else f"derived:{key}",
+        "digest": _digest_of(rows, files) if tensors is not None else f"derived:{key}",
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if tensors is not None else "",
         "output": {"files": files},
         "steps": [step],
@@ -112,17 +112,17 @@ def make_record(
         "ancestors": ancestors,
     }
     if measured:
-        record["measured"] = _plain(measured)
+        record["measured"] = plain(measured)
     record["record"] = record_digest(record)
     return record
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as it comes back from a JSON file, so that the record's digest does too; NaN and infinities as words."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -159,7 +159,8 @@ def verify(checkpoint: Checkpoint) -> list[str]:
             "part", f"{checkpoint.name}: the record is that of the whole pipeline", hint="verify the pipeline's folder"
         )
     faults = []
-    if record["record"] != record_digest(record) or record["digest"] != _digest_of(record["tensors"]):
+    content = _digest_of(record["tensors"], record["output"]["files"])
+    if record["record"] != record_digest(record) or record["digest"] != content:
         faults.append(f"{LINEAGE_FILE}: the record was altered")
     root = checkpoint.root
     listed = {row["path"]: row for row in record["output"]["files"]}
@@ -192,7 +193,10 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     return faults
 
 
-def _digest_of(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _digest_of(rows: Mapping[str, Mapping[str, Any]], files: list[dict[str, Any]]) -> str:
+    """The digest of the content; of an evaluation's report, that of its files."""
+    if not rows and any(row["path"] == REPORT_FILE for row in files):
+        return "sha256:" + digests.canonical_digest(sorted([row["path"], row["sha256"]] for row in files))
     return "sha256:" + content_digest((n, r["dtype"], r["shape"], r["sha256"]) for n, r in rows.items())
 
 

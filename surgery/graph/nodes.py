@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import printable
+from surgery.graph.evaluation import check_no_report
 from surgery.graph.op import Given, Op, Plan, PlanContext, Trained, resolved_params
 from surgery.graph.planned import Planned, PlannedStep, planned_checkpoint
 from surgery.graph.recipe import Recipe, Step
@@ -102,6 +103,7 @@ def plan_nodes(scene: Scene, open_input: Callable[[str], Checkpoint]) -> dict[st
 def plan_node(scene: Scene, step: Step, parents: tuple[Checkpoint, ...], *, fused: bool) -> Node:
     """Plan one step on its parents and look whether its result is at hand."""
     op, options = scene.ops[step.name], replace(scene.options, seed=step.seed)
+    check_no_report(parents)
     plan = op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
     in_memory = any(isinstance(e, Trained | Given) for e in plan.entries)

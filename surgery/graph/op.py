@@ -127,7 +127,7 @@ class Plan:
     ones too, into new files of at most so many bytes, in natural order of names. `mirror` is a parent whose files the
     output repeats: their names, the order in them and, where nothing but values changes, their headers. `new_file`
     leaves the parent's files whole, small ones too, and puts what is not in them into files of that stem ("" where
-    there is nothing new).
+    there is nothing new). `evaluates`: the trainer makes a report, and there are no tensors (`graph.evaluation`).
     """
 
     entries: tuple[Entry, ...]
@@ -141,6 +141,7 @@ class Plan:
     regroup: int | None = None
     mirror: Checkpoint | None = None
     new_file: str | None = None
+    evaluates: bool = False
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""

@@ -143,7 +143,7 @@ def planned_checkpoint(
             tuple(files[names.part]),
             index=own.get(names.part),
         )
-    kind = "pipeline" if "model_index.json" in side else "hf"
+    kind = "report" if plan.evaluates else "pipeline" if "model_index.json" in side else "hf"
     return Planned(
         name,
         folder,

@@ -21,6 +21,7 @@ from surgery.graph.engine.cluster import engine_named
 from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
 from surgery.graph.engine.local import Engine
 from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, load_torch, tensor_keys, uses_torch
+from surgery.graph.evaluation import check_no_report
 from surgery.graph.lineage import encode, header_digest, make_record, node_key
 from surgery.graph.op import (
     Given,
@@ -105,6 +106,7 @@ def run_op(
     options = options or RunOptions()
     check_device(options.device)
     engine = engine or engine_named(options.engine, device=options.device)
+    check_no_report(parents)
     plan = plan or op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
     if out is not None:
@@ -285,7 +287,7 @@ def check_device(device: str) -> None:
 def _train(
     op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions, space: Workspace, report: Report
 ) -> TrainResult:
-    if not any(isinstance(e, Trained) for e in plan.entries):
+    if not plan.evaluates and not any(isinstance(e, Trained) for e in plan.entries):
         return TrainResult({}, {})
     if op.trainer is None:
         raise CheckpointError(

@@ -255,7 +255,7 @@ class _Apart:
         """Whether the step can and should be done as a whole; steps that read what was never written cannot."""
         if node.state != "run" or any(isinstance(p, Planned) or p.layout == "pickle" for p in node.parents):
             return False
-        trains = any(isinstance(e, Trained) for e in node.plan.entries)
+        trains = node.plan.evaluates or any(isinstance(e, Trained) for e in node.plan.entries)
         return trains or not alone or bool(self.running)
 
     def start(self, scene: Scene, node: Node) -> None:

@@ -143,7 +143,9 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the content: names, dtypes, shapes and bytes; the same for any sharding."""
+        """Digest of the content: names, dtypes, shapes and bytes; the same for any sharding. A report's is recorded."""
+        if self.layout == "report" and self.lineage is not None:
+            return str(self.lineage["digest"]).removeprefix("sha256:")
         return content_digest((n, r.dtype, r.shape, self.tensor_digests[n]) for n, r in self.tensors.items())
 
     @property

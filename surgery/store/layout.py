@@ -19,6 +19,7 @@ from surgery.errors import CheckpointError, printable
 MAX_JSON = 100_000_000  # bytes; an index or config larger than this is refused before it is read
 BASES = ("diffusion_pytorch_model", "model", "adapter_model", "pytorch_model")
 LINEAGE_FILE = "surgery.json"
+REPORT_FILE = "report.json"  # of an evaluation, where a checkpoint has its weights
 _PICKLES = (".bin", ".pt", ".pth")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _MAX_SIDE_FILES = 100_000
@@ -40,8 +41,9 @@ class PartLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """`kind` is one of "hf", "file", "gguf", "pipeline". `side_files` are the other files, relative to the root;
-    `ignored` are weights in forms or variants that were not chosen (they would be stale beside an edited output)."""
+    """`kind` is one of "hf", "file", "gguf", "pipeline", "report". `side_files` are the other files, relative to the
+    root; `ignored` are weights in forms or variants that were not chosen (they would be stale beside an edited output).
+    """
 
     kind: str
     root: Path
@@ -70,6 +72,8 @@ def _find_layout(path: Path) -> Layout:
     if (path / "model_index.json").is_file():
         return _pipeline(path)
     part = _part(path, name="")
+    if part is None and (path / REPORT_FILE).is_file() and (path / LINEAGE_FILE).is_file():
+        return Layout("report", path, (), *_other_files(path, ()))
     if part is None:
         raise CheckpointError(
             "no-weights",

@@ -23,11 +23,11 @@ ORDER = (
     ("data",),
     ("steering",),
     ("ops", "train", "evals"),
-    ("cli", "api", "hf", "__main__"),
+    ("cli", "api", "hf", "__main__", "steps"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 SIBLINGS = {"ops", "train", "evals"}
-LIGHT = {"errors", "store", "graph", "cli", "ops", "api", "__main__", "__init__"}
+LIGHT = {"errors", "store", "graph", "cli", "ops", "api", "__main__", "__init__", "steps"}
 HEAVY = {
     "torch", "numpy", "transformers", "diffusers", "yaml", "rich", "pydantic", "PIL", "matplotlib", "sklearn", "scipy",
     "safetensors", "huggingface_hub", "accelerate", "triton",
