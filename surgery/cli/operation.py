@@ -18,7 +18,7 @@ from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, r
 from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import Checkpoint, Part, TensorRef
-from surgery.store.names import open_named
+from surgery.store.names import known_aliases, open_named
 
 _UNMADE = "arch:"  # in front of the name of an architecture: its shape alone, for --dry-run
 
@@ -186,6 +186,14 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     check_parents(kind, len(sources))
     options = run_options(common)
     check_device(options.device)
+    unmade = next((s for s in sources if s.startswith(_UNMADE)), None)
+    if unmade is not None and values.get("data") is not None:
+        name = unmade.removeprefix(_UNMADE)
+        raise UsageError(
+            "no-weights",
+            f"{unmade} is a shape without weights: there is nothing that --data {values['data']} could train",
+            hint=f"leave out --data, or make weights and name their folder: surgery init {name} -o DIR",
+        )
     parents = [
         _unmade(s, common["dry_run"]) if s.startswith(_UNMADE) else open_source(s, offline=options.offline)
         for s in sources
@@ -193,12 +201,17 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     for parent in parents:
         if parent.ignored:
             output.note(f"{parent.name}: left out other forms of the weights: {', '.join(parent.ignored[:4])}")
+    resolved = [line for source, parent in zip(sources, parents, strict=True) if (line := _led_to(source, parent))]
     if common["dry_run"]:
         check_no_report(parents)
         plan = op.plan(PlanContext(options.seed, options.offline), *parents)
         check_plan(plan)
+        for line in resolved if not common["as_json"] else ():
+            output.data(f"source   {line}")
         show_plan(op, plan, as_json=common["as_json"])
         return
+    for line in resolved if output.Talk.verbose else ():
+        output.note(f"source: {line}")
     planned: list[Plan] = []
 
     def notice(plan: Plan) -> None:
@@ -299,6 +312,15 @@ def open_source(source: str, *, offline: bool = False, key: str | None = None) -
             )
         source = text
     return open_named(source, offline=offline, key=key)
+
+
+def _led_to(source: str, parent: Checkpoint) -> str | None:
+    """What a name that is no path stands for: a repository at a commit, or a folder; None for a path."""
+    if parent.origin:
+        return f"{printable(source)} = {printable('@'.join(parent.origin.values()))}"
+    if source == "-" or source.partition(":")[0] in known_aliases() and not os.path.lexists(source):
+        return f"{printable(source)} = {printable(str(parent.path))}"
+    return None
 
 
 def _unmade(source: str, dry_run: bool) -> Checkpoint:

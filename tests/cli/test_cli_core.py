@@ -15,6 +15,7 @@ import pytest
 from surgery.cli.operation import parse_size
 from surgery.errors import UsageError
 from surgery.store.header import plan_header
+from surgery.store.names import ASSETS
 from surgery.store.writer import Workspace
 
 HEAVY = ("torch", "numpy", "pydantic", "rich", "yaml", "transformers", "diffusers", "safetensors")
@@ -409,14 +410,34 @@ def test_own_aliases_are_followed(
     assert json.loads(command("inspect", "mine", "--json").stdout)["tensors"] == 120
 
 
+def test_a_plan_says_what_a_short_name_stands_for(command: Command, tiny_dit: Path) -> None:
+    words = ("graft", "-r", "attn=hyena", "--dry-run")
+    short = command(*words, "dit-digits")
+    assert short.code == 0 and short.stdout.splitlines()[0] == f"source   dit-digits = {ASSETS / 'dit-digits'}"
+    assert "source" not in command(*words, tiny_dit).stdout
+    assert "entries" in json.loads(command(*words, "dit-digits", "--json").stdout)
+
+
+def test_a_shape_alone_cannot_be_trained_and_says_so(command: Command, tmp_path: Path) -> None:
+    for more in ("--dry-run", "--finetune-steps=2"):
+        ended = command("graft", "-r", "attn=hyena", "arch:dit-digits", "--data", "digits", more)
+        assert ended.code == 2 and ended.stdout == "" and not list(tmp_path.iterdir())
+        error, hint = ended.stderr.splitlines()
+        assert error.startswith("error[usage.no-weights]: arch:dit-digits is a shape without weights")
+        assert hint.endswith("surgery init dit-digits -o DIR")
+
+
 def test_a_hub_id_in_the_cache_opens_offline(surgery: Command, tiny_dit: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     root = tmp_path / "hf" / "hub" / "models--org--name"
     shutil.copytree(tiny_dit, root / "snapshots" / commit, ignore=shutil.ignore_patterns("surgery.json"))
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(commit)
-    ended = surgery("inspect", "org/name", "--json", env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"})
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    ended = surgery("inspect", "org/name", "--json", env=offline)
     assert ended.code == 0 and json.loads(ended.stdout)["tensors"] == 120 and ended.stderr == ""
+    planned = surgery("cast", "org/name", "--dtype", "bf16", "--dry-run", env=offline)
+    assert planned.stdout.splitlines()[0] == f"source   org/name = org/name@{commit}"
 
 
 @pytest.mark.parametrize(
