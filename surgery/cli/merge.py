@@ -29,6 +29,10 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
     if len(recipe.steps) == 1:
         values["config"] = recipe.steps[0].params["config"]
         return list(recipe.steps[0].sources)
+    if values.get("arithmetic", "auto") != "auto":
+        raise UsageError(
+            "arithmetic", f"{file} holds several documents; --arithmetic is for one", hint="merge them one by one"
+        )
     _several(recipe, common)
     return None
 

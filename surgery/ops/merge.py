@@ -19,7 +19,7 @@ _WORDS = {
     "vocab": ("host", "overlap", "by-token"),
     "rounding": ("nearest", "stochastic"),
     "compat": ("none", "paper"),
-    "arithmetic": ("auto", "stream", "kernels"),
+    "arithmetic": ("auto", "stream", "kernels", "mergekit"),
 }
 
 
@@ -60,9 +60,8 @@ class Merge:
         "nearest"
     )
     compat: Annotated[str, Param("paper: the reference code's TIES and its DARE, which does not rescale.")] = "none"
-    arithmetic: Annotated[str, Param("auto, stream (ours, in pieces), kernels (mergekit's, a tensor at a time).")] = (
-        "auto"
-    )
+    arithmetic: Annotated[str, Param("auto, stream (ours, in pieces), kernels (mergekit's, a tensor at a time), "
+                                     "mergekit (its whole run, of a --config).")] = "auto"  # fmt: skip
     param: Annotated[tuple[str, ...], Param("Parameter of a mergekit method, repeatable.", (), "NAME=VALUE")] = ()
     tower: Annotated[str | None, Param("Prefix of the host's tower, where several fit.", (), "PREFIX")] = None
     layer_map: Annotated[str | None, Param("Pair layers by hand: 0:0,2:1.", (), "HOST:DONOR,...")] = None
@@ -76,7 +75,6 @@ class Merge:
     version: ClassVar[int] = 1
     parents: ClassVar[tuple[int, int | None]] = (1, None)
     parent_names: ClassVar[tuple[str, ...]] = ("HOST",)
-    trainer: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         from surgery.arch.merging.selection import resolve_alpha
@@ -100,6 +98,11 @@ class Merge:
             if value not in known:
                 raise UsageError(option, f"--{option} {printable(value)}: unknown", hint=closest(value, list(known)))
 
+    @property
+    def trainer(self) -> str | None:
+        """What makes all tensors together: mergekit's own run, where it was asked for."""
+        return "surgery.arch.merging.delegate:train" if self.arithmetic == "mergekit" else None
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -116,6 +119,12 @@ class Merge:
                 "parents",
                 f"merge takes HOST DONOR and perhaps --base, not {len(parents)} checkpoints",
                 hint="more models are merged by a mergekit file: surgery merge --config FILE",
+            )
+        if self.arithmetic == "mergekit":
+            raise UsageError(
+                "arithmetic",
+                "--arithmetic mergekit runs a mergekit file; HOST DONOR are merged here, tower by tower",
+                hint="surgery merge --config FILE --arithmetic mergekit; kernels are mergekit's too",
             )
         host, donor, *base = parents
         values = {f.name: getattr(self, f.name) for f in fields(Request)}

@@ -49,6 +49,10 @@ def plan_document(text: str, parents: Sequence[Checkpoint], *, arithmetic: str =
         plain_model(parent)
     document = read_document(text, parents)
     adapters = {key: open_adapter(parents[key[1]], parents[key[0]]) for key in document.inputs() if key[1] is not None}
+    if arithmetic == "mergekit":
+        from surgery.arch.merging.delegate import check_models
+
+        check_models(json.loads(text), parents)
     host = _host(document, parents)
     if host is not None:
         from surgery.arch.merging.tower_document import tower_rows
@@ -60,7 +64,12 @@ def plan_document(text: str, parents: Sequence[Checkpoint], *, arithmetic: str =
     vocabulary = merged_vocabulary(document, parents) if document.tokenizer is not None else None
     maker = _Maker(document, parents, adapters, vocabulary, arithmetic)
     entries = [*maker.entries(rows, first), *kept]
-    return _finished(document, parents, first, entries, vocabulary, mirrored=not document.sliced)
+    plan = _finished(document, parents, first, entries, vocabulary, mirrored=not document.sliced)
+    if arithmetic == "mergekit":
+        from surgery.arch.merging.delegate import handed_over
+
+        return handed_over(plan)
+    return plan
 
 
 def read_document(text: str, parents: Sequence[Checkpoint]) -> Document:
