@@ -113,7 +113,7 @@ class Merge:
         if self.config is not None:
             from surgery.arch.merging.document import plan_document
 
-            return plan_document(self.config, parents, arithmetic=self.arithmetic)
+            return plan_document(self.config, parents, arithmetic=self.arithmetic, strict=self.strict, force=self.force)
         if not 2 <= len(parents) <= 3:
             raise UsageError(
                 "parents",

@@ -1,6 +1,7 @@
 """mergekit files on the command line: towers, several documents, the recipes of recipes/vlm-merge on tiny models."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 import vlm_pairs
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from vlm_pairs import Pair
 
 Command = Callable[..., Any]
@@ -142,3 +143,21 @@ def test_a_file_and_names_do_not_go_together(pair: Pair, command: Command) -> No
     Path("x.yml").write_text("merge_method: linear\n")
     assert command("merge", pair.host, pair.donor, "-c", "x.yml").code == 2
     assert command("merge", "-c", "missing.yml").code == 3
+
+
+def test_the_preflight_looks_at_the_models_of_a_document(pair: Pair, command: Command, tmp_path: Path) -> None:
+    shutil.copytree(pair.donor, tmp_path / "donor")
+    models = [{"model": str(p), "parameters": {"weight": 0.5}} for p in (pair.host, tmp_path / "donor")]
+    Path("x.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    config = json.loads((tmp_path / "donor/config.json").read_text())
+    config |= {"rope_parameters": None, "rope_theta": 500000.0}
+    (tmp_path / "donor/config.json").write_text(json.dumps(config))
+    ended = command("merge", "-c", "x.yml", "-o", "out")
+    assert ended.code == 0 and "donor: rope rope_theta: host 10000.0, donor 500000.0" in ended.stderr, ended.stderr
+    assert command("merge", "-c", "x.yml", "-o", "strict", "--strict").code == 3
+    generator = torch.Generator().manual_seed(9)
+    other = {n: torch.randn(t.shape, generator=generator).to(t.dtype) for n, t in tensors(tmp_path / "donor").items()}
+    save_file(other, tmp_path / "donor/model.safetensors", metadata={"format": "pt"})
+    ended = command("merge", "-c", "x.yml", "-o", "unrelated")
+    assert ended.code == 3 and "do not look related" in ended.stderr and not Path("unrelated").exists()
+    assert command("merge", "-c", "x.yml", "-o", "unrelated", "--force", "-q").code == 0

@@ -43,7 +43,9 @@ class Row(NamedTuple):
     inputs: Mapping[Key, TensorRef]
 
 
-def plan_document(text: str, parents: Sequence[Checkpoint], *, arithmetic: str = "auto") -> Plan:
+def plan_document(
+    text: str, parents: Sequence[Checkpoint], *, arithmetic: str = "auto", strict: bool = False, force: bool = False
+) -> Plan:
     """The plan of a document whose models are numbers into `parents`."""
     for parent in parents:
         plain_model(parent)
@@ -57,14 +59,14 @@ def plan_document(text: str, parents: Sequence[Checkpoint], *, arithmetic: str =
     if host is not None:
         from surgery.arch.merging.tower_document import tower_rows
 
-        first, rows, kept = tower_rows(document, parents, host)
+        first, rows, kept, warnings = tower_rows(document, parents, host, strict=strict, force=force)
     else:
         first = document.base or document.slices[0].sources[0].key
-        rows, kept = _plain_rows(document, parents, first), []
+        rows, kept, warnings = _plain_rows(document, parents, first), [], []
     vocabulary = merged_vocabulary(document, parents) if document.tokenizer is not None else None
     maker = _Maker(document, parents, adapters, vocabulary, arithmetic)
     entries = [*maker.entries(rows, first), *kept]
-    plan = _finished(document, parents, first, entries, vocabulary, mirrored=not document.sliced)
+    plan = _finished(document, parents, first, entries, vocabulary, warnings, mirrored=not document.sliced)
     if arithmetic == "mergekit":
         from surgery.arch.merging.delegate import handed_over
 
@@ -405,6 +407,7 @@ def _finished(
     first: Key,
     entries: Sequence[Entry],
     vocabulary: Vocabulary | None,
+    warnings: Sequence[str],
     *,
     mirrored: bool,
 ) -> Plan:
@@ -412,7 +415,6 @@ def _finished(
     part = base.part()
     edited: dict[str, Any] = {}
     edits: tuple[tuple[str, Any, Any], ...] = ()
-    warnings: list[str] = []
     if part.config is not None and part.config_file is not None:
         config = dict(part.config)
         wanted = document.out_dtype or document.dtype
@@ -424,7 +426,7 @@ def _finished(
             where = f"{base.name}: {part.config_file}"
             if max(order) < tower.count:
                 edit = edit_depth(config, BlockList(f"{tower.prefix}layers.", tower.count), order, where=where)
-                config, warnings = edit.config, list(edit.warnings)
+                config, warnings = edit.config, [*warnings, *edit.warnings]
             else:
                 config["num_hidden_layers"] = len(order)
         if vocabulary is not None:

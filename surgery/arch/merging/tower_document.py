@@ -5,20 +5,25 @@ The weights are those of the document, in mergekit's sense; which tensors take p
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from surgery.arch.language.preflight import compare_configs, stop_on
+from surgery.arch.language.preflight import compare_configs, likeness, stop_on
 from surgery.arch.language.towers import TowerMap, find_towers, shapes_of
 from surgery.arch.layers import parse_spans
+from surgery.arch.merging.card import short_name
 from surgery.arch.merging.document import Key, Row
 from surgery.arch.merging.selection import layer_of, select
 from surgery.arch.merging.settings import Document
 from surgery.errors import UsageError
 from surgery.graph.op import Entry, Keep
+from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint
 
 
-def tower_rows(document: Document, parents: Sequence[Checkpoint], host: int) -> tuple[Key, list[Row], list[Entry]]:
-    """(the host's key, rows of the selected tensors, entries of all others)."""
+def tower_rows(
+    document: Document, parents: Sequence[Checkpoint], host: int, *, strict: bool = False, force: bool = False
+) -> tuple[Key, list[Row], list[Entry], list[str]]:
+    """(the host's key, rows of the selected tensors, entries of all others, warnings of the preflight)."""
     if document.sliced or document.tokenizer is not None:
         raise UsageError(
             "slices",
@@ -30,6 +35,7 @@ def tower_rows(document: Document, parents: Sequence[Checkpoint], host: int) -> 
     (part,) = document.slices
     mine = parents[host]
     maps: dict[Key, TowerMap] = {}
+    warnings: list[str] = []
     for source in part.sources:
         if source.model == host:
             continue
@@ -38,7 +44,9 @@ def tower_rows(document: Document, parents: Sequence[Checkpoint], host: int) -> 
             shapes_of(mine.tensors), shapes_of(other.tensors), host_name=mine.name, donor_name=other.name
         )
         found = compare_configs(mine.part().config, other.part().config, host_name=mine.name, donor_name=other.name)
-        list(stop_on(found, strict=False, force=False))
+        if not isinstance(mine, Planned) and not isinstance(other, Planned):  # else there are no values yet
+            found = replace(found, likeness=likeness(mine, other, maps[source.key]))
+        warnings += [f"{short_name(other)}: {said}" for said in stop_on(found, strict=strict, force=force)]
     if not maps:
         raise UsageError("models", f"nothing is merged into {mine.name}", hint="name a text model as well")
     shared = next(iter(maps.values()))
@@ -70,4 +78,4 @@ def tower_rows(document: Document, parents: Sequence[Checkpoint], host: int) -> 
         for n, r in mine.tensors.items()
         if n not in taken
     ]
-    return first, rows, kept
+    return first, rows, kept, warnings

@@ -43,7 +43,8 @@ def loaded(family: str, folder: Path) -> Any:
     ("family", "layout", "dtype", "shards"),
     [(f, layout, "bfloat16", 1) for f in FAMILIES for layout in ("default", "memory")]
     + [(f, "default", "float16", 3) for f in FAMILIES]
-    + [("llava", "memory", "float32", 2), ("qwen2_vl", "default", "float32", 1)],
+    + [(f, "default", "float32", 1) for f in FAMILIES]
+    + [("llava", "memory", "float32", 2)],
 )
 def test_selected_tensors_are_blended_and_all_others_are_the_host_s(
     family: str, layout: str, dtype: str, shards: int, tmp_path: Path

@@ -213,3 +213,24 @@ def test_mixed_dtypes_and_doubles() -> None:
     assert torch.equal(got, want)
     exact = made(Formula("linear", (0.9, 0.1)), [host.double(), donor.to(torch.bfloat16)])
     assert torch.allclose(exact, host.double() * 0.9 + donor.to(torch.bfloat16).double() * 0.1, atol=0, rtol=1e-15)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.7])
+@pytest.mark.parametrize("compat", ["none", "paper"])
+def test_dare_is_its_formula_on_the_same_masks(density: float, compat: str) -> None:
+    host, donor, base = trio()
+    weights, taus = (0.7, 0.3), []
+    for index, tensor in enumerate((host, donor)):
+        kept = torch.from_numpy(Bits(5, index).below(density, 0, base.numel()).copy()).reshape(base.shape)
+        assert abs(float(kept.double().mean()) - density) < 0.05
+        taus.append((tensor.double() - base.double()) * kept / (1.0 if compat == "paper" else density))
+    summed = sum(w * t for w, t in zip(weights, taus, strict=True))
+    linear = Formula("dare-linear", weights, (density,) * 2, normalize=False, compat=compat)
+    assert (made(linear, [host, donor, base], seed=5).double() - (base.double() + summed)).abs().max() < 1e-6
+    # The sign is elected by what counts: weighted vectors, in the paper's code unweighted ones.
+    votes = sum(taus) if compat == "paper" else summed
+    agree = [torch.sign(t) == torch.where(votes >= 0, 1.0, -1.0) for t in taus]
+    over = sum(a * (1.0 if compat == "paper" else w) for a, w in zip(agree, weights, strict=True))
+    mixed = sum(w * t * a for w, t, a in zip(weights, taus, agree, strict=True)) / torch.where(over == 0, 1.0, over)
+    ties = Formula("dare-ties", weights, (density,) * 2, compat=compat)
+    assert (made(ties, [host, donor, base], seed=5).double() - (base.double() + mixed)).abs().max() < 1e-6
