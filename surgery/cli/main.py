@@ -90,7 +90,13 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
         {"merge": ("surgery.cli.layers:sweep_merge", "Merges at several shares and layers, chosen on held-out items.")},
     ),
     "adaptvis": (
-        "Steer what a vision-language model looks at, and let checkpoints carry it.",
+        """Steer what a vision-language model looks at, and let checkpoints carry it.
+
+        surgery adaptvis data make -o scenes
+        surgery adaptvis tune llava-scenes scenes/val.jsonl -o t.json
+        surgery adaptvis attach llava-scenes -o av --from t.json
+        surgery adaptvis eval av scenes/test.jsonl --method base,scaling,adapt
+        """,
         {
             "attach": ("op:adaptvis-attach", "Attach an attention patch; the weights stay as they are, byte for byte."),
             "tune": ("surgery.cli.adaptvis.tune:tune", "Find alphas and threshold, and what they are worth held out."),
@@ -103,7 +109,10 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
             "map": ("surgery.cli.adaptvis.maps:draw_map", "Draw where a model looks in a picture when it answers."),
             "analyze": ("surgery.cli.adaptvis.analyze:analyze", "Say what attention to pictures goes with, by layer."),
             "data": (
-                "Make or import questions about where things are.",
+                """Make or import questions about where things are.
+
+                surgery adaptvis data make -o scenes
+                """,
                 {
                     "make": ("surgery.cli.adaptvis.data:make", "Draw scenes of simple things and ask about them."),
                     "import": (
@@ -232,7 +241,9 @@ class _RootGroup(LazyGroup):
 
 def _summary(entry: tuple[str, Any]) -> str:
     """The line of a command or group in the list of commands."""
-    return f"{entry[0]} ({', '.join(entry[1])})" if isinstance(entry[1], Mapping) else entry[1]
+    if isinstance(entry[1], Mapping):
+        return f"{entry[0].splitlines()[0]} ({', '.join(entry[1])})"
+    return entry[1]
 
 
 def _help(text: str) -> str:
@@ -245,7 +256,7 @@ def _help(text: str) -> str:
 
 def _group(name: str, summary: str, members: Commands) -> Any:
     kind = type("Group", (LazyGroup,), {"table": members})
-    app = typer.Typer(cls=kind, help=summary, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(cls=kind, help=_help(summary), no_args_is_help=True, add_completion=False, rich_markup_mode=None)
     app.callback()(lambda: None)
     command = typer.main.get_group(app)
     command.name = name

@@ -144,7 +144,8 @@ def run_op(
             space.begin_file(shard.file)
         _check_journal(space, shards)
         planned = {f"{s.file.relative}\0{e.name}" for s in shards for e in s.entries}
-        done = {k: sha for k, sha in space.done.items() if k in planned} | _linked(space, shards, sources, parents)
+        resumed = {k: sha for k, sha in space.done.items() if k in planned}
+        done = resumed | _linked(space, shards, sources, parents)
         trained = _train(op, plan, parents, options, space, report)
         work = plan_jobs(shards, sources, str(space.folder / "out"), done)
         hashes, alone = _write(work, shards, sources, known, parents, space, done, trained, options, report, engine)
@@ -175,7 +176,7 @@ def run_op(
         digests.remember(str(out / shard.file.relative), {e.name: hashes[e.full_name] for e in shard.entries})
     if keys:
         _keep_tensors(out, shards, keys, hashes)
-    return RunResult(out, record, reused=len(done), alone=alone, taken=len(made_before))
+    return RunResult(out, record, reused=len(resumed), alone=alone, taken=len(made_before))
 
 
 def _keep_tensors(out: Path, shards: list[Shard], keys: Mapping[str, str], hashes: Mapping[str, str]) -> None:

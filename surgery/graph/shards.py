@@ -93,7 +93,7 @@ def _mirrored(plan: Plan, parent: Checkpoint, key: str | None) -> tuple[list[Sha
             group = [by_name[part.name, r.name] for r in refs]
             stem = Path(file).name if parent.layout != "file" else f"{bases[part.name]}.safetensors"
             same = all((e.dtype, e.shape) == (r.dtype, r.shape) for e, r in zip(group, refs, strict=True))
-            whole = _like(prefix + stem, file) if same and os.path.lexists(file) else None
+            whole = _like(prefix + stem, file, group, refs) if same and os.path.lexists(file) else None
             shards.append(Shard(whole or _file(prefix + stem, group, key), tuple(group)))
             weight_map |= dict.fromkeys((r.name for r in refs), stem)
             changed = changed or whole is None
@@ -102,13 +102,17 @@ def _mirrored(plan: Plan, parent: Checkpoint, key: str | None) -> tuple[list[Sha
     return shards, indexes
 
 
-def _like(relative: str, file: str) -> PlannedFile:
-    """A file with the header of another."""
+def _like(relative: str, file: str, group: list[Entry], refs: list[TensorRef]) -> PlannedFile:
+    """A file with the header of another; taken from it whole where every tensor is kept."""
     header = read_header(file)
     with open(file, "rb") as handle:
         raw = handle.read(header.data_start)
     places = {n: (header.data_start + t.start, t.stop - t.start) for n, t in header.tensors.items()}
-    return PlannedFile(relative, raw, places, header.file_size)
+    kept = len(header.tensors) == len(refs) and all(
+        isinstance(e, Keep) and (e.ref.file, e.ref.offset, e.ref.name) == (file, r.offset, e.name)
+        for e, r in zip(group, refs, strict=True)
+    )
+    return PlannedFile(relative, raw, places, header.file_size, file if kept else None)
 
 
 def index_json(name: str, weight_map: Mapping[str, str], sizes: Mapping[str, int]) -> bytes:

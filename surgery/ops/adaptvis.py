@@ -126,6 +126,10 @@ class AdaptVis:
             "load     from_pretrained(OUT, trust_remote_code=True).generate(...); without it: unpatched",
         ]
 
+    def announce(self, plan: Plan) -> list[str]:
+        """What is said before the work starts: the same."""
+        return self.describe(plan)
+
     def _tuned(self, base: Checkpoint) -> dict[str, Any]:
         """What the file of --from says, explicit options on top."""
         values: dict[str, Any] = {}

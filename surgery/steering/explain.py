@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from surgery.steering.attention import Rule
+from surgery.errors import CheckpointError, printable
+from surgery.steering.attention import Rule, SteeringError
 from surgery.steering.carried import carried_faults
 from surgery.steering.generate import Policy, stored_patch
 from surgery.steering.generate import generate as patched
@@ -63,12 +64,24 @@ def _likeliest(logits: torch.Tensor, tokenizer: Any, top: int) -> list[list[Any]
     return [[word, value] for word, value in zip(words, p.tolist(), strict=True)]
 
 
+def patch_of(base: Checkpoint) -> tuple[Rule, Policy, str]:
+    """Rule, policy and key selection that a checkpoint carries. Raises CheckpointError for keys, versions or values
+    that this version does not know."""
+    try:
+        return stored_patch(base.config["adaptvis"])
+    except (SteeringError, TypeError, ValueError, AttributeError) as err:
+        raise CheckpointError(
+            "patch",
+            f"{base.name}: config.json, adaptvis: {printable(str(err))}",
+            hint="attach the patch again, or use the version of surgery that wrote it",
+        ) from err
+
+
 def check_files(base: Checkpoint) -> list[str]:
     """Faults of a patched folder that show without its model: code that is missing or another's, a patch that cannot be
     read, weights that are not the parent's. Raises CheckpointError when it carries no patch."""
     faults = carried_faults(base)
-    with refusals():
-        stored_patch(base.config["adaptvis"])
+    patch_of(base)
     record = base.lineage
     step = record["steps"][-1] if record else None
     if record is not None and step is not None and step["op"] == "adaptvis-attach":
@@ -83,8 +96,8 @@ def check_answers(base: Checkpoint, model: Any, inputs: Mapping[str, Any]) -> li
     differ from the unpatched ones, switching off must give exactly those, and the folder's own code must do the same as
     ours. The folder's code is run only if it is this version's, byte for byte."""
     spec = dict(base.config["adaptvis"])
+    rule, policy, _ = patch_of(base)
     with refusals():
-        rule, policy, _ = stored_patch(spec)
         plain = type(model).generate(model, **inputs, **_CHECKED).logits
         off = patched(model=model, adaptvis=False, **inputs, **_CHECKED).logits
         faults = [] if _same(plain, off) else ["switched off, the patch still changes the answer"]

@@ -59,3 +59,9 @@ def test_files_that_the_project_names_are_there() -> None:
         *re.findall(r'^readme = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M),
     ]
     assert named and all((ROOT / name).is_file() for name in named)
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """The test runner imports them by name alone, and stops at the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -7,7 +7,7 @@ import typer
 
 from surgery.cli import output
 from surgery.cli.operation import open_source
-from surgery.errors import UsageError
+from surgery.errors import CheckpointError, UsageError
 from surgery.graph.run import check_device
 
 Model = Annotated[str, typer.Argument(metavar="CKPT", help="Folder, alias, hub id, or - for a path on standard input.")]
@@ -66,6 +66,7 @@ def ask(
     base = open_source(model, offline=offline)
     numbers = {"alpha1": alpha1, "alpha2": alpha2, "beta": beta}
     _check_numbers(alpha, numbers, rules)
+    check_picture(image)
     template = _template(chat_template)
     from surgery.steering.patch import Patch, check_alpha, read_patches
 
@@ -92,6 +93,12 @@ def ask(
     output.note(f"{said}{result['how']}")
     if explain:
         _show(result)
+
+
+def check_picture(image: Path) -> None:
+    """Before a model is loaded for it. Raises CheckpointError where there is no such file."""
+    if not image.is_file():
+        raise CheckpointError("no-image", f"{image}: no such file", hint="name a picture, for instance a PNG or JPEG")
 
 
 def _check_numbers(alpha: float | None, numbers: dict[str, float | None], rules: Path | None) -> None:
@@ -122,9 +129,10 @@ def _answer(
 ) -> dict[str, Any]:
     """The answer, the confidence, the alpha, and in words how it came about."""
     from surgery.steering.carried import carried_faults, spec_line
-    from surgery.steering.generate import Policy, stored_patch
+    from surgery.steering.explain import patch_of
+    from surgery.steering.generate import Policy
     from surgery.steering.patch import stored_rule
-    from surgery.steering.session import generate, refusals, steer
+    from surgery.steering.session import generate, steer
 
     how = {"max_new_tokens": tokens, "do_sample": False}
     model = loaded.model
@@ -144,8 +152,7 @@ def _answer(
         else:
             for fault in carried_faults(base):
                 output.warn(fault)
-            with refusals():
-                policy = stored_patch(base.config["adaptvis"])[1]
+            policy = patch_of(base)[1]
             patches = (stored_rule(base.config["adaptvis"]),)
             words = f"the checkpoint's patch: {spec_line(base.config['adaptvis'])}"
         out, outcome = generate(model, inputs, policy, patches[0], tokenizer=loaded.tokenizer, **how)

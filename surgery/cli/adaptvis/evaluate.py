@@ -142,7 +142,7 @@ def settings_of(
     from surgery.steering.generate import Policy
     from surgery.steering.patch import KEYS_OF, PAPER, Patch, check_alpha, heads_text, layers_text
 
-    stored = _tuned(tuned) if tuned is not None else dict((base.config.get("adaptvis") or {}) if base else {})
+    stored = _tuned(tuned) if tuned is not None else _carried(base)
     missing = [k for k, v in numbers.items() if v is None]
     if missing and len(missing) < 3:
         raise UsageError("policy", f"--{missing[0]} is missing", hint="--alpha1, --alpha2 and --beta belong together")
@@ -292,11 +292,23 @@ def _show(result: Mapping[str, Any], match: str) -> None:
     _advise(methods)
 
 
+def _carried(base: Any) -> dict[str, Any]:
+    """The patch that the checkpoint carries, read as the other commands read it."""
+    if base is None or not base.config.get("adaptvis"):
+        return {}
+    from surgery.steering.explain import patch_of
+
+    patch_of(base)
+    return dict(base.config["adaptvis"])
+
+
 def _advise(methods: Mapping[str, Any]) -> None:
     """Said on stderr: no more than the intervals allow."""
     for name, m in methods.items():
         if "gain" in m and not m["gain"]["reliable"]:
             output.note(f"note: {name}: no reliable gain or loss (95 % {_interval(m['gain']['interval'], '+')})")
+        elif "gain" in m and m["gain"]["difference"] < 0:
+            output.warn(f"{name}: worse than the plain model (95 % {_interval(m['gain']['interval'], '+')})")
     for name, m in methods.items():
         if m["unparsable"] > 0.05:
             output.warn(f"{name}: {m['unparsable']:.0%} of the answers are unclear; they count as wrong")

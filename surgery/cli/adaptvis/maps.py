@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli import output
+from surgery.cli.adaptvis.ask import check_picture
 from surgery.cli.adaptvis.evaluate import settings_of
 from surgery.cli.operation import open_source
 from surgery.cli.vqa import read_template
@@ -64,6 +65,7 @@ def draw_map(
             _check_file(flag, path, suffix, overwrite)
     boxes = [_box(text) for text in box or []]
     check_device(device)
+    check_picture(image)
     base = open_source(model, offline=offline)
     none = {"alpha1": None, "alpha2": None, "beta": None}
     spec = settings_of(base, None, None, none, {"mode": mode, "layers": layers, "heads": heads}, knocks_out=True)

@@ -52,6 +52,8 @@ def verify(
             output.data(fault)
         if not faults:
             acted = "" if files_only else ", and each of its alphas acts"
+            if acted and all(base.config["adaptvis"].get(k) in (1, None) for k in ("scale", "alpha1", "alpha2")):
+                acted = "; its alphas are 1, which is the model itself"
             output.data(f"ok  {base.path}  code, weights and patch are what was attached{acted}")
         for note in notes:
             output.note(f"note: {note}")

@@ -113,3 +113,48 @@ def test_a_damaged_patch_ends_with_exit_1(command: Callable, llava: Path, tmp_pa
         code.write("\n")
     ended = command("adaptvis", "verify", "av", "--files-only")
     assert ended.code == 1 and "custom_generate/attention.py" in ended.stdout and "error[verify.patch]" in ended.stderr
+
+
+def test_attach_says_what_is_patched_and_how_to_load_it(command: Callable, llava: Path, tmp_path: Path) -> None:
+    made = command("adaptvis", "attach", llava, "-o", "av", *NUMBERS, "--link", "hard")
+    assert (made.code, made.stdout) == (0, "av\n")
+    assert "text layers x heads 4 x 4" in made.stderr and "tensors unchanged" in made.stderr
+    assert "trust_remote_code=True" in made.stderr and "reused" not in made.stderr
+    assert (tmp_path / "av/model.safetensors").samefile(llava / "model.safetensors")
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [("zzz", 1, "zzz"), ("version", 2, "version 2"), ("beta", [], "")])
+def test_a_stored_patch_that_is_not_understood_is_refused_by_all(
+    command: Callable, llava: Path, picture: Path, tmp_path: Path, key: str, value: object, said: str
+) -> None:
+    command("adaptvis", "attach", llava, "-o", "av", *NUMBERS)
+    config = json.loads((tmp_path / "av/config.json").read_text())
+    config["adaptvis"][key] = value
+    (tmp_path / "av/config.json").write_text(json.dumps(config))
+    row = {"id": "1", "image": "red.png", "question": "where", "options": ["a", "b"], "answer": "a"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    for words in (
+        ("verify", "av"),
+        ("ask", "av", picture, "where"),
+        ("map", "av", picture, "where", "-o", "heat.png"),
+        ("eval", "av", "one.jsonl", "--method", "base,adapt"),
+    ):
+        failed = command("adaptvis", *words)
+        assert failed.code == 3 and "error[checkpoint.patch]: av: config.json, adaptvis" in failed.stderr, failed.stderr
+        assert said in failed.stderr and "Traceback" not in failed.stderr
+    assert not (tmp_path / "heat.png").exists()
+
+
+def test_a_picture_that_is_not_there_is_named_before_loading(command: Callable, llava: Path, tmp_path: Path) -> None:
+    for words in (("ask", llava, "no.png", "where"), ("map", llava, "no.png", "where", "-o", "heat.png")):
+        failed = command("adaptvis", *words)
+        assert failed.code == 3 and "error[checkpoint.no-image]: no.png: no such file" in failed.stderr
+    assert not (tmp_path / "heat.png").exists()
+
+
+@pytest.mark.parametrize("group", [("adaptvis",), ("adaptvis", "data")])
+def test_groups_show_a_command_that_runs(command: Callable, group: tuple[str, ...]) -> None:
+    shown = command(*group, "--help").stdout
+    assert "surgery adaptvis data make -o scenes\n" in shown.replace("  ", "")
+    listed = command("--help").stdout
+    assert "scenes" not in listed.split("adaptvis", 1)[1].splitlines()[0]

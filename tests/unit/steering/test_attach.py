@@ -78,6 +78,18 @@ def test_weight_files_are_the_parents_byte_for_byte(folders: Any, tmp_path: Path
     assert {row["how"] for row in record["changes"]} == {"keep"}
 
 
+@pytest.mark.parametrize("shards", ["5GB", "60KB"])
+def test_hard_links_share_the_weights_with_the_parent(shards: str, tmp_path: Path) -> None:
+    tiny_vlm("llava").model.save_pretrained(tmp_path / "in", max_shard_size=shards)
+    how = RunOptions(workers=1, link="hard")
+    run_op(build_op(AdaptVis, NUMBERS), [open_checkpoint(tmp_path / "in")], tmp_path / "out", options=how)
+    assert (len(weights(tmp_path / "in")) == 1) == (shards == "5GB")
+    for file in (tmp_path / "in").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).samefile(file)
+    assert not (tmp_path / "out/config.json").samefile(tmp_path / "in/config.json")
+    assert verify(open_checkpoint(tmp_path / "out")) == []
+
+
 def test_shards_stay_as_they_are(tmp_path: Path) -> None:
     tiny_vlm("llava").model.save_pretrained(tmp_path / "in", max_shard_size="60KB")
     assert len(weights(tmp_path / "in")) > 3
