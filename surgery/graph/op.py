@@ -202,7 +202,8 @@ class Op(Protocol):
         values about the change, taken from the parents before anything is written; `check(folder, plan, parents,
         report)` looks at the finished folder before it is published, raises or returns more of them. The lineage keeps
         them beside what is hashed. `tensor_params(task)` returns JSON values that, with the inputs, the dtype and for
-        drawn tensors seed and name, are all that this tensor depends on; an edited recipe keeps what it does not touch.
+        drawn tensors seed and name, are all that this tensor depends on (None: nobody can say); an edited recipe keeps
+        what it does not touch.
         """
         ...
 

@@ -250,7 +250,7 @@ def _typed(value: Any, hint: Any) -> tuple[bool, Any]:
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool, value
     if hint is str:
-        return isinstance(value, str | int), str(value)
+        return isinstance(value, str | int | float), str(value)
     if hint is float:
         try:
             return isinstance(value, int | float | str), float(value)

@@ -116,6 +116,10 @@ class Coe:
         """A router's weight with noise of `how` times its own standard deviation."""
         return noisy(tensors[0], task.how, generator)
 
+    def tensor_params(self, task: Compute) -> list[float]:
+        """What a noisy router depends on beside its origin and its draw: how much noise."""
+        return [task.how]
+
     def check(self, folder: Path, plan: Plan, parents: list[Checkpoint], report: Any) -> dict[str, Any]:
         """What --verify asks for, on the finished folder (section 3: no missing and no unexpected keys)."""
         if self.verify == "none":

@@ -75,6 +75,12 @@ class LoraApply:
 
         return stream_task(task, readers, seed)
 
+    def tensor_params(self, task: Compute) -> list[Any] | None:
+        """What one tensor depends on beside its inputs."""
+        from surgery.arch.merging.tasks import task_params
+
+        return task_params(task)
+
     def run(self, task: Compute, tensors: list[Any], generator: Any) -> Any:
         """Weights are streamed."""
         raise AssertionError(task.name)

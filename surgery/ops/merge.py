@@ -142,6 +142,12 @@ class Merge:
 
         return run_task(task, tensors, generator)
 
+    def tensor_params(self, task: Compute) -> list[Any] | None:
+        """What one tensor depends on beside its inputs."""
+        from surgery.arch.merging.tasks import task_params
+
+        return task_params(task)
+
     def measure(self, plan: Plan, seed: int, *parents: Checkpoint) -> dict[str, Any]:
         """Per layer: how far host and donor are apart, and how much of the change arrives after rounding."""
         from surgery.arch.merging.tasks import measure_plan

@@ -11,7 +11,7 @@ from surgery.errors import OfflineError
 from surgery.graph.recipe import build_steps, read_recipe
 from surgery.graph.run import RunOptions
 from surgery.graph.schedule import prepared
-from surgery.ops.table import load_op
+from surgery.steps import load_step
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.names import open_named
 
@@ -59,14 +59,14 @@ def test_a_shipped_recipe_reads_and_every_step_that_can_be_planned_plans(path: P
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and len(first) > 30  # what it makes, and what it costs
     recipe = read_recipe(path)
-    ops = build_steps(recipe, load_op)
+    ops = build_steps(recipe, load_step)
     assert [step.name for step in recipe.steps] == list(ops)
     try:
         for name in recipe.inputs.values():
             open_named(name)
     except OfflineError:
         return  # a model of the hub that is not on this machine: its steps are built, and planned where it is
-    with prepared(recipe, load_op, open_named, None, options=RunOptions(), warn=pytest.fail) as (_, nodes):
+    with prepared(recipe, load_step, open_named, None, options=RunOptions(), warn=pytest.fail) as (_, nodes):
         assert list(nodes) == list(ops)
         for name, node in nodes.items():
             assert node.op == ops[name] and node.plan.entries
@@ -77,7 +77,7 @@ def test_the_recipe_of_the_shipped_model_is_how_it_was_made() -> None:
     recipe = read_recipe(next(p for p in RECIPES if p.name == "dit_digits.yaml"))
     assert made is not None
     step = made["steps"][-1]
-    (trained,) = (op for name, op in build_steps(recipe, load_op).items() if name == "trained")
+    (trained,) = (op for name, op in build_steps(recipe, load_step).items() if name == "trained")
     assert step["op"] == trained.name
     assert {k: v for k, v in step["params"].items() if k != "data"} == {
         k: getattr(trained, k) for k in step["params"] if k != "data"
@@ -190,7 +190,7 @@ def test_an_input_can_come_through_a_pipe(surgery: Run, tiny_dit: Path, tmp_path
 
 def steps_of(tmp_path: Path, params: str) -> Any:
     text = f"surgery: 1\ninputs: {{base: x}}\nsteps:\n  a: {{op: graft, from: base, with: {params}}}\n"
-    return build_steps(read_recipe(written(tmp_path, text)), load_op)["a"]
+    return build_steps(read_recipe(written(tmp_path, text)), load_step)["a"]
 
 
 @pytest.mark.parametrize(

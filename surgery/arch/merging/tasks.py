@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version as installed_version
 from typing import Any
 
 from surgery.arch.merging.arithmetic import SIZES, Bits, Source
@@ -76,6 +77,16 @@ class _Rows:
             else:
                 view[at : at + count] = bytes(count)
             at += count
+
+
+def task_params(task: Compute) -> list[Any] | None:
+    """What a merged tensor depends on beside its inputs, as JSON values: the formula or the kernel with its numbers,
+    which rows answer to which, the adapters. None for tensors that a merged tokenizer lays out anew."""
+    how: Task = task.how
+    if how.vocabulary is not None:
+        return None
+    params: list[Any] = [repr(how.formula), repr(how.kernel), how.rows, how.deltas]
+    return params if how.kernel is None else [*params, task.full_name, installed_version("mergekit")]
 
 
 def run_task(task: Compute, tensors: "list[Any]", generator: Any) -> Any:

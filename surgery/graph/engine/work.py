@@ -373,11 +373,11 @@ def _described(source: Source, known: Mapping[str, Mapping[str, str]]) -> Any:
         return None if any(p[0] is None for p in pieces) else [pieces, source.dtype, source.shape]
     tell = getattr(source.op, "tensor_params", None)
     inputs = [_described(inner, known) for inner in source.inputs]
-    if tell is None or None in inputs:
-        return None
     task, op = source.task, source.op
+    if tell is None or None in inputs or (params := tell(task)) is None:
+        return None
     drawn = [source.seed, task.full_name] if task.random or task.streamed else []
-    return [getattr(op, "plugin", op.name), op.version, tell(task), task.dtype, task.shape, drawn, inputs]
+    return [getattr(op, "plugin", op.name), op.version, params, task.dtype, task.shape, drawn, inputs]
 
 
 def is_range(source: Source) -> bool:
