@@ -13,7 +13,17 @@ import typer
 from surgery.cli import output
 from surgery.errors import UsageError, printable
 from surgery.graph.evaluation import check_no_report
-from surgery.graph.op import Param, Plan, PlanContext, build_op, check_parents, op_params, parent_range, shown_name
+from surgery.graph.op import (
+    Param,
+    Plan,
+    PlanContext,
+    build_op,
+    check_parents,
+    op_params,
+    parent_range,
+    resolved_params,
+    shown_name,
+)
 from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, run_op
 from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
@@ -60,6 +70,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
         typer.Option("--engine", metavar="local|ray", help="Where tensors are made: here, or on a Ray cluster."),
     ),
     "dry_run": (bool, typer.Option("--dry-run", help="Print the plan and its cost from headers alone; write nothing.")),
+    "emit_recipe": (bool, typer.Option("--emit-recipe", help="Print the command as a recipe; run nothing.")),
     "resume": (bool, typer.Option("--resume", help="Go on with a run of the same command that was interrupted.")),
     "overwrite": (bool, typer.Option("--overwrite", help="Replace an output that surgery made, in one step.")),
     "offline": (bool, typer.Option("--offline", help="Never ask the network; hub ids come from the local cache.")),
@@ -78,6 +89,7 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "link": "copy",
     "engine": "local",
     "dry_run": False,
+    "emit_recipe": False,
     "resume": False,
     "overwrite": False,
     "offline": False,
@@ -184,6 +196,9 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     output.Talk.quiet, output.Talk.verbose = common["quiet"], common["verbose"]
     op = build_op(kind, values)
     check_parents(kind, len(sources))
+    if common["emit_recipe"]:
+        output.data(_as_recipe(op, sources, common))
+        return
     options = run_options(common)
     check_device(options.device)
     unmade = next((s for s in sources if s.startswith(_UNMADE)), None)
@@ -246,6 +261,29 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         output.data_json(rows)
     else:
         output.data(str(result.path))
+
+
+def _as_recipe(op: Any, sources: list[str], common: Mapping[str, Any]) -> str:
+    """The recipe of one step that does what the command would, with every parameter; each value is written as JSON,
+    which YAML contains. A path on standard input is read, as it is for the work."""
+    import json
+
+    def value(of: Any) -> str:
+        return json.dumps(of, ensure_ascii=False).replace("${", "$${")
+
+    named = [(f"input{i}", open_source(s).name if s == "-" else s) for i, s in enumerate(sources, 1)]
+    lines = ["surgery: 1", f"seed: {common['seed']}"]
+    if named:
+        lines += ["inputs:", *(f"  {name}: {value(source)}" for name, source in named)]
+    lines += ["steps:", "  out:", f"    op: {op.name}"]
+    if named:
+        lines.append(f"    from: [{', '.join(name for name, _ in named)}]")
+    params = resolved_params(op)
+    if params:
+        lines += ["    with:", *(f"      {n}: {value(v)}" for n, v in params.items())]
+    if common["out"] is not None:
+        lines.append(f"outputs: {{out: {value(str(common['out']))}}}")
+    return "\n".join(lines)
 
 
 def show_measured(measured: Mapping[str, Any]) -> None:
