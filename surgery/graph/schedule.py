@@ -173,20 +173,20 @@ def _work(scene: Scene, node: Node) -> _Work:
 
 def _make(work: _Work, report: Report, notice: Callable[[Plan], None], engine: Engine, plan: Plan | None) -> RunResult:
     """Make a node's result at its place, or wait for the process that is making it in the cache."""
-    if work.in_cache is not None:
-        return _into_cache(work, report, notice, engine, plan)
-    return run_op(
+    make = partial(
+        run_op,
         work.op,
         list(work.parents),
         work.target,
-        options=work.options,
         report=report,
-        notice=notice,
         reuse=True,
         engine=engine,
         plan=plan,
         take=True,
     )
+    if work.in_cache is None:
+        return make(options=work.options, notice=notice)
+    return _into_cache(work, make, notice)
 
 
 def _done(scene: Scene, node: Node, result: RunResult) -> RunResult:
@@ -197,28 +197,15 @@ def _done(scene: Scene, node: Node, result: RunResult) -> RunResult:
     return result
 
 
-def _into_cache(
-    work: _Work, report: Report, notice: Callable[[Plan], None], engine: Engine, plan: Plan | None
-) -> RunResult:
+def _into_cache(work: _Work, make: Callable[..., RunResult], notice: Callable[[Plan], None]) -> RunResult:
     """Make a node of the cache, or wait for the process that is making it."""
     assert work.in_cache is not None and work.target is not None
-    target = work.target
     own = replace(work.options, overwrite=False)
     told = came_late = False
     while True:
         try:
-            result = run_op(
-                work.op,
-                list(work.parents),
-                target,
-                options=replace(own, resume=own.resume and _unfinished(target)),
-                report=report,
-                notice=(lambda plan: None) if told else notice,
-                reuse=True,
-                engine=engine,
-                plan=plan,
-                take=True,
-            )
+            options = replace(own, resume=own.resume and _unfinished(work.target))
+            result = make(options=options, notice=(lambda plan: None) if told else notice)
         except (Busy, OutputError) as err:
             # Another process is at it, or came to its end between a look and the lock.
             if isinstance(err, OutputError) and (came_late or err.code != "output.exists"):
