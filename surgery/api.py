@@ -94,8 +94,8 @@ def run(
 
     `set` is what --set is on the command line. Raises the errors of the recipe and of its operations.
     """
-    from surgery.graph.recipe import read_recipe
-    from surgery.graph.schedule import run_recipe
+    from surgery.graph.recipes.recipe import read_recipe
+    from surgery.graph.recipes.schedule import run_recipe
 
     changes = [f"{key}={value}" for key, value in (set or {}).items()]
     read = read_recipe(Path(recipe), changes=changes)

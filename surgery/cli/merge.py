@@ -23,7 +23,7 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
         return [*named, base] if base is not None else named
     if named or base is not None:
         raise UsageError("models", "--config names the models itself", hint="leave HOST, DONOR and --base out")
-    from surgery.graph.mergekit_file import read_mergekit
+    from surgery.graph.recipes.mergekit_file import read_mergekit
 
     recipe = read_mergekit(file, seed=common["seed"])
     if len(recipe.steps) == 1:

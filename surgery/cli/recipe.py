@@ -15,9 +15,9 @@ from surgery.steps import load_step
 from surgery.store.layout import REPORT_FILE, read_json
 
 if TYPE_CHECKING:
-    from surgery.graph.nodes import Node
     from surgery.graph.op import Plan
-    from surgery.graph.recipe import Recipe, Step
+    from surgery.graph.recipes.nodes import Node
+    from surgery.graph.recipes.recipe import Recipe, Step
 
 Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Output folder [default: the recipe's].")]
 Set = Annotated[
@@ -81,7 +81,7 @@ def run(
 
       surgery run recipes/deeper_digits.yaml --set deeper.layers=0-4,1-5 -o out/deeper --dry-run
     """
-    from surgery.graph.recipe import read_recipe
+    from surgery.graph.recipes.recipe import read_recipe
 
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     options = _options(
@@ -96,7 +96,7 @@ def run(
 
 def run_and_report(recipe: "Recipe", out: Path | None, options: RunOptions, *, as_json: bool) -> None:
     """Do what a recipe says, tell how it went, print the paths of its outputs."""
-    from surgery.graph.schedule import run_recipe
+    from surgery.graph.recipes.schedule import run_recipe
 
     with output.Progress() as report:
         results = run_recipe(
@@ -172,7 +172,7 @@ def plan(
 
       surgery plan recipes/dit_digits.yaml --svg graph.svg
     """
-    from surgery.graph.recipe import read_recipe
+    from surgery.graph.recipes.recipe import read_recipe
 
     output.Talk.quiet = quiet
     options = _options(device, threads, workers, max_memory, overwrite, offline)
@@ -186,7 +186,7 @@ def schema() -> None:
     Example:  surgery schema > recipe.schema.json
     """
     from surgery.evals.table import EVALS
-    from surgery.graph.recipe_schema import recipe_schema
+    from surgery.graph.recipes.schema import recipe_schema
     from surgery.ops.table import OPS
 
     output.data_json(recipe_schema({name: load_step(name) for name in (*OPS, *EVALS)}))
@@ -236,8 +236,8 @@ def print_plans(
     svg: Path | None = None,
 ) -> None:
     """What is said of recipes before they run: words, JSON, or a picture."""
-    from surgery.graph.estimate import disk_report, node_report
-    from surgery.graph.schedule import prepared, without_collector
+    from surgery.graph.recipes.estimate import disk_report, node_report
+    from surgery.graph.recipes.schedule import prepared, without_collector
 
     reports: list[dict[str, Any]] = []
     pictures: list[tuple[str, list[Any]]] = []

@@ -57,7 +57,7 @@ class Picture:
 
 
 def recipe_picture(plans: Iterable[tuple[Mapping[str, str], Sequence[Mapping[str, Any]]]]) -> Picture:
-    """The picture of planned recipes: (inputs by name, rows of `graph.estimate.node_report`) for each."""
+    """The picture of planned recipes: (inputs by name, rows of `graph.recipes.estimate.node_report`) for each."""
     boxes: list[Box] = []
     edges: list[tuple[str, str]] = []
     for number, (inputs, rows) in enumerate(plans):

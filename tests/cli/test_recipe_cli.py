@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from surgery.errors import OfflineError
-from surgery.graph.recipe import build_steps, read_recipe
+from surgery.graph.recipes.recipe import build_steps, read_recipe
+from surgery.graph.recipes.schedule import prepared
 from surgery.graph.run import RunOptions
-from surgery.graph.schedule import prepared
 from surgery.steps import load_step
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.names import open_named

@@ -12,9 +12,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.graph.recipe import read_recipe
+from surgery.graph.recipes.recipe import read_recipe
+from surgery.graph.recipes.schedule import run_recipe
 from surgery.graph.run import RunOptions
-from surgery.graph.schedule import run_recipe
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.names import open_named

@@ -6,8 +6,8 @@ from typing import Any
 
 from surgery.arch.carried import side_files
 from surgery.errors import CheckpointError, UsageError, closest, printable
-from surgery.graph.documents import read_text
 from surgery.graph.op import SideFile
+from surgery.graph.recipes.documents import read_text
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
 

@@ -114,7 +114,7 @@ def resolve_alpha(text: str) -> str:
     if not text.startswith("@"):
         parse_alpha(text)
         return text
-    from surgery.graph.documents import load_documents, read_text
+    from surgery.graph.recipes.documents import load_documents, read_text
 
     path = Path(text[1:])
     ((document, _),) = load_documents(read_text(path), path, several=False)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from surgery.graph.op import PlanContext
-from surgery.graph.recipe import build_steps, read_recipe
+from surgery.graph.recipes.recipe import build_steps, read_recipe
 from surgery.ops.table import load_op
 from surgery.store.names import open_named
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from surgery.graph.recipe import read_recipe
+from surgery.graph.recipes.recipe import read_recipe
 from surgery.store.checkpoint import open_checkpoint
 
 Run = Callable[..., Any]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.arch.merging.settings import evaluate
-from surgery.graph.mergekit_file import parse_mergekit, read_mergekit
+from surgery.graph.recipes.mergekit_file import parse_mergekit, read_mergekit
 
 LAYERS = 4
 

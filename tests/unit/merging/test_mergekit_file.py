@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import UsageError
-from surgery.graph.mergekit_file import parse_mergekit
-from surgery.graph.recipe import Recipe, read_recipe
+from surgery.graph.recipes.mergekit_file import parse_mergekit
+from surgery.graph.recipes.recipe import Recipe, read_recipe
 
 
 def parse(text: str) -> Recipe:

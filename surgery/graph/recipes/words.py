@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import UsageError, closest, printable
-from surgery.graph.documents import Lines, fault
+from surgery.graph.recipes.documents import Lines, fault
 
 _WORD = re.compile(r"\$\{([^{}]*)\}")
 _OF_STEP = ("seed", "cache", "op", "from")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import closest, printable
-from surgery.graph.documents import Lines, fault, load_documents, read_text
-from surgery.graph.recipe import Recipe, Step, in_order
+from surgery.graph.recipes.documents import Lines, fault, load_documents, read_text
+from surgery.graph.recipes.recipe import Recipe, Step, in_order
 from surgery.store.digests import canonical
 
 OPERATION = "merge"

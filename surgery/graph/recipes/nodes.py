@@ -15,7 +15,7 @@ from surgery.errors import printable
 from surgery.graph.evaluation import check_no_report
 from surgery.graph.op import Given, Op, Plan, PlanContext, Trained, resolved_params
 from surgery.graph.planned import Planned, PlannedStep, planned_checkpoint
-from surgery.graph.recipe import Recipe, Step
+from surgery.graph.recipes.recipe import Recipe, Step
 from surgery.graph.run import RunOptions, check_plan, default_target, find_result, plan_key, run_environment
 from surgery.store import cache
 from surgery.store.checkpoint import Checkpoint, open_checkpoint

@@ -14,11 +14,11 @@ from typing import Any
 from surgery.errors import Busy, OutputError, ResourceError
 from surgery.graph.engine.cluster import Cluster, engine_named
 from surgery.graph.engine.local import Engine, run_jobs
-from surgery.graph.estimate import disk_report
-from surgery.graph.nodes import Node, Scene, about, plan_node, plan_nodes
 from surgery.graph.op import Op, Plan, Trained
 from surgery.graph.planned import Planned
-from surgery.graph.recipe import Recipe, Step, build_steps
+from surgery.graph.recipes.estimate import disk_report
+from surgery.graph.recipes.nodes import Node, Scene, about, plan_node, plan_nodes
+from surgery.graph.recipes.recipe import Recipe, Step, build_steps
 from surgery.graph.run import Report, RunOptions, RunResult, check_place, run_op, silent
 from surgery.store import cache
 from surgery.store.checkpoint import Checkpoint, open_checkpoint

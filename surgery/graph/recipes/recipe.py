@@ -17,9 +17,9 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from surgery.errors import UsageError, closest, printable
-from surgery.graph.documents import Lines, fault, load_documents, read_text
 from surgery.graph.op import Op, build_op, check_parents, op_params
-from surgery.graph.recipe_words import Words, change, change_step
+from surgery.graph.recipes.documents import Lines, fault, load_documents, read_text
+from surgery.graph.recipes.words import Words, change, change_step
 
 _TOP = ("surgery", "include", "seed", "inputs", "steps", "outputs")
 _STEP = ("op", "from", "with", "seed", "cache")
@@ -56,7 +56,7 @@ def read_recipe(path: Path, *, changes: Sequence[str] = ()) -> Recipe:
     with the line of the fault, `CheckpointError` if unreadable."""
     text = read_text(path)
     if "merge_method" in text:
-        from surgery.graph.mergekit_file import is_mergekit, parse_mergekit
+        from surgery.graph.recipes.mergekit_file import is_mergekit, parse_mergekit
 
         if any(is_mergekit(document) for document, _ in load_documents(text, path, several=True)):
             if changes:
