@@ -180,8 +180,9 @@ class Merge:
         if "host" not in report:
             return [f"method   {report['method']}, {len(report['models'])} models"]
         layers = report["layers"]
+        by_class = "" if report["found_by"] == "names" else "  (names left it open: found by building the class)"
         lines = [
-            f"host     {report['host']['name']}  {report['host']['class'] or ''}  tower {report['prefix']}",
+            f"host     {report['host']['name']}  {report['host']['class'] or ''}  tower {report['prefix']}{by_class}",
             f"donor    {report['donor']['name']}  {report['donor']['class'] or ''}",
             f"method   {report['method']}",
             f"layers   {spans(layers['selected']) or 'none'}  ({len(layers['selected'])} of {layers['of']})",

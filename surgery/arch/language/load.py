@@ -68,7 +68,7 @@ def load_model(base: Checkpoint, *, dtype: str = "auto", attn: str | None = None
     """
     if dtype not in DTYPES:
         raise UsageError("dtype", f"no dtype '{dtype}'", hint=closest(dtype, list(DTYPES)))
-    kind = _model_class(base)
+    kind = model_class(base)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if attn is not None:
         options["attn_implementation"] = attn
@@ -86,17 +86,17 @@ def load_model(base: Checkpoint, *, dtype: str = "auto", attn: str | None = None
         except ImportError as err:
             raise ResourceError(
                 "missing-package",
-                f"{base.name}: {_first_line(err)}",
+                f"{base.name}: {first_line(err)}",
                 hint="install the package, or choose other options",
             ) from err
         except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as err:
             if attn is not None and "attn" in str(err):
                 raise UsageError(
-                    "attention", f"{base.name}: {_first_line(err)}", hint="eager works for every model"
+                    "attention", f"{base.name}: {first_line(err)}", hint="eager works for every model"
                 ) from err
             raise CheckpointError(
                 "not-loadable",
-                f"{base.name}: {kind.__name__} cannot be built from this folder: {_first_line(err)}",
+                f"{base.name}: {kind.__name__} cannot be built from this folder: {first_line(err)}",
                 hint="weights and config.json do not belong together, or need another version of transformers",
             ) from err
     _check(base, info)
@@ -133,12 +133,12 @@ def load_processor(base: Checkpoint) -> Any:
             return kind.from_pretrained(base.root, local_files_only=True, trust_remote_code=False)
         except ImportError as err:
             raise ResourceError(
-                "missing-package", f"{base.name}: its processor needs more: {_first_line(err)}", hint="install it"
+                "missing-package", f"{base.name}: its processor needs more: {first_line(err)}", hint="install it"
             ) from err
         except Exception as err:  # transformers raises whatever its parsers raise
             raise CheckpointError(
                 "bad-processor",
-                f"{base.name}: its processor cannot be read: {_first_line(err)}",
+                f"{base.name}: its processor cannot be read: {first_line(err)}",
                 hint="fetch the tokenizer and processor files again",
             ) from err
 
@@ -154,12 +154,12 @@ def _gguf_tokenizer(base: Checkpoint) -> Any:
             )
         except ImportError as err:
             raise ResourceError(
-                "missing-package", f"{base.name}: {_first_line(err)}", hint="install surgery with its extra 'gguf'"
+                "missing-package", f"{base.name}: {first_line(err)}", hint="install surgery with its extra 'gguf'"
             ) from err
         except Exception as err:  # transformers raises whatever its parsers raise
             raise CheckpointError(
                 "bad-processor",
-                f"{base.name}: the tokenizer in the file cannot be read: {_first_line(err)}",
+                f"{base.name}: the tokenizer in the file cannot be read: {first_line(err)}",
                 hint="use the model's folder instead of its GGUF file",
             ) from err
     return found
@@ -198,13 +198,13 @@ def _is_multimodal(base: Checkpoint) -> bool:
     )
 
 
-def _model_class(base: Checkpoint) -> Any:
-    """The class that the config names, else the one that fits its model type."""
+def model_class(base: Checkpoint) -> Any:
+    """transformers' class that the config names, else the one that fits its model type. Raises CheckpointError."""
     config = language_config(base)
     if (chain := chain_family(config)) is not None:
-        from surgery.arch.moe.build import model_class
+        from surgery.arch.moe.build import model_class as chain_class
 
-        return model_class(chain)
+        return chain_class(chain)
     import transformers
 
     named = config.get("architectures") or []
@@ -242,7 +242,7 @@ def _check(base: Checkpoint, info: Mapping[str, Any]) -> None:
         f"'{printable(n)}' is {list(have)}, the config asks for {list(want)}"
         for n, have, want in sorted(info["mismatched_keys"], key=lambda row: row[0])
     ]
-    faults += [_first_line(message) for message in info.get("error_msgs") or ()]
+    faults += [first_line(message) for message in info.get("error_msgs") or ()]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(
@@ -268,6 +268,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(err: object) -> str:
+def first_line(err: object) -> str:
     lines = str(err).strip().splitlines() or [type(err).__name__]
     return printable(lines[0], limit=200).rstrip(".")

@@ -3,11 +3,12 @@
 A tower is a run of decoder layers `<prefix>layers.N.` with embeddings, final norm and head. Inside it names are
 canonical: `layers.N.suffix`, `embed_tokens.weight`, `norm.weight`, `lm_head.weight`. No architecture is assumed and
 transformers is not imported: a prefix is a candidate when its layers hold everything the donor's hold, in equal shapes.
+Where names leave it open the error is `Unclear`, and `locate` asks the model's class.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.errors import CheckpointError, UsageError, closest, printable
@@ -15,8 +16,9 @@ from surgery.errors import CheckpointError, UsageError, closest, printable
 Shapes = Mapping[str, Sequence[int]]
 
 EMBED, NORM, HEAD = "embed_tokens.weight", "norm.weight", "lm_head.weight"
+NORM_BIAS = "norm.bias"
 _LAYER = re.compile(r"((?:.*?\.)?)layers\.(0|[1-9][0-9]{0,5})\.(.+)")
-_NORMS = (NORM, "embedding_norm.weight", "final_layernorm.weight", "norm.bias")
+_NORMS = ("norm", "embedding_norm", "final_layernorm")
 _CROSS = "cross_attn."
 # Which key of the config decides a tensor's shape; the first that fits.
 _FIELDS = (
@@ -26,6 +28,22 @@ _FIELDS = (
     (r"mlp\.|feed_forward\.", "intermediate_size"),
     (r"norm", "hidden_size"),
 )
+
+
+class Unclear(Exception):
+    """Names alone do not tell which tensors are the tower; the model's class may know."""
+
+
+class SeveralTowers(Unclear, UsageError):
+    """More than one prefix fits."""
+
+
+class NoTower(Unclear, CheckpointError):
+    """No run of layers has embeddings beside it."""
+
+
+class OtherNames(Unclear, CheckpointError):
+    """Layers are there, and their tensors have other names than the other model's."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +69,19 @@ class Tower:
 @dataclass(frozen=True)
 class TowerMap:
     """Host and donor side by side. `layers` maps host layers to donor layers; `names` maps a canonical name (the
-    host's layer number) to (name in the host, name in the donor). `host_only` and `donor_only` are full names without
-    a counterpart inside the mapped layers, `cross_layers` the host's layers that no text model has."""
+    host's layer number) to (name in the host, name in the donor). `host_only` and `donor_only` map the full names
+    without a counterpart to their canonical ones, `cross_layers` are the host's layers that no text model has.
+    `by_class`: the class that said where the host's tower is, "" where its names did."""
 
     host_prefix: str
     donor_prefix: str
     layers: Mapping[int, int]
     names: Mapping[str, tuple[str, str]]
-    host_only: tuple[str, ...] = ()
-    donor_only: tuple[str, ...] = ()
+    host_only: Mapping[str, str] = field(default_factory=dict)
+    donor_only: Mapping[str, str] = field(default_factory=dict)
     cross_layers: tuple[int, ...] = ()
     host_count: int = 0
+    by_class: str = ""
 
 
 def towers(shapes: Shapes) -> list[Tower]:
@@ -84,13 +104,13 @@ def language_tower(shapes: Shapes, *, prefix: str | None = None, where: str = "t
     """
     every = towers(shapes)
     if prefix is not None:
-        return _named(every, prefix, where)
+        return named_tower(every, prefix, where)
     fitting = [t for t in every if EMBED in t.names]
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
         known = ", ".join(printable(t.prefix) for t in every[:6]) or "none"
-        raise CheckpointError(
+        raise NoTower(
             "no-tower",
             f"{where}: no language model in it: no layers with embed_tokens.weight beside them",
             hint=f"prefixes with numbered layers: {known}; choose one with --tower",
@@ -112,12 +132,31 @@ def find_towers(
 
     Exactly one prefix of the host may fit. Mllama's cross-attention layers have no counterpart: the donor's layers go
     to the others in order. `layer_map` (host to donor) replaces the mapping; layers outside it are left alone.
-    Raises `CheckpointError` naming up to three tensors with both shapes, `UsageError` when several prefixes fit.
+    Raises `CheckpointError` naming up to three tensors with both shapes, `UsageError` when several prefixes fit;
+    both are `Unclear` where a class may know better.
     """
     theirs = language_tower(donor, where=donor_name)
     every = towers(host)
     if prefix is not None:
-        every = [_named(every, prefix, host_name)]
+        every = [named_tower(every, prefix, host_name)]
+    return match_towers(
+        every, theirs, host, donor,
+        layer_map=layer_map, ignore_extra=ignore_extra, host_name=host_name, donor_name=donor_name,
+    )  # fmt: skip
+
+
+def match_towers(
+    every: Sequence[Tower],
+    theirs: Tower,
+    host: Shapes,
+    donor: Shapes,
+    *,
+    layer_map: Mapping[int, int] | None = None,
+    ignore_extra: bool = False,
+    host_name: str = "the host",
+    donor_name: str = "the donor",
+) -> TowerMap:
+    """The one of the host's towers that the donor's fits, mapped to it. Arguments and errors as `find_towers`."""
     tried = [_Fit.of(tower, theirs, host, donor, layer_map, ignore_extra) for tower in every]
     fitting = [fit for fit in tried if not fit.faults]
     if len(fitting) > 1:
@@ -128,11 +167,12 @@ def find_towers(
     if fitting:
         raise _ambiguous([fit.tower for fit in fitting], host_name)
     if not tried:
-        raise CheckpointError(
+        raise NoTower(
             "no-tower", f"{host_name}: no numbered decoder layers in its names", hint="see surgery inspect --tensors"
         )
     nearest = min(tried, key=lambda fit: (EMBED not in fit.tower.names, fit.wrong, -fit.tower.count))
-    raise CheckpointError(
+    kind = OtherNames if nearest.missing or EMBED not in nearest.tower.names else CheckpointError
+    raise kind(
         "incompatible",
         f"{host_name} has no tower that {donor_name} fits; the nearest is '{printable(nearest.tower.prefix)}': "
         + "; ".join(nearest.faults[:3]),
@@ -149,6 +189,7 @@ class _Fit:
     cross: tuple[int, ...]
     faults: tuple[str, ...]
     wrong: int  # how many tensors do not fit
+    missing: int  # how many of them the host does not have at all
     hint: str
 
     @classmethod
@@ -181,14 +222,14 @@ class _Fit:
                     "num_hidden_layers)"
                 )
                 hint = "models of another depth have another base; --layer-map HOST:DONOR,... pairs layers by hand"
-        wrong = 0
+        wrong = missing = 0
         for mine, other in pairs.items():
             for suffix, name in theirs.layers[other].items():
                 full = tower.layers[mine].get(suffix)
                 if full is None:
                     if ignore_extra:
                         continue
-                    wrong += 1
+                    wrong, missing = wrong + 1, missing + 1
                     if wrong <= 3:
                         faults.append(f"the host has no '{printable(suffix)}' in layer {mine}")
                         hint = hint or "another architecture; --ignore-extra leaves out what only the donor has"
@@ -201,33 +242,34 @@ class _Fit:
                             f"'{printable(full)}' is {list(host[full])} and '{printable(name)}' {list(donor[name])}"
                             + because
                         )
-        return cls(tower, pairs, cross, tuple(faults), wrong + 1000 * bool(faults and not pairs), hint)
+        return cls(tower, pairs, cross, tuple(faults), wrong + 1000 * bool(faults and not pairs), missing, hint)
 
     def mapping(self, theirs: Tower) -> TowerMap:
         names: dict[str, tuple[str, str]] = {}
-        host_only: list[str] = []
-        donor_only: list[str] = []
+        host_only: dict[str, str] = {}
+        donor_only: dict[str, str] = {}
         for mine, layer in self.tower.layers.items():
             other = theirs.layers[self.layers[mine]] if mine in self.layers else {}
             for suffix, full in layer.items():
+                canonical = f"layers.{mine}.{suffix}"
                 if suffix in other:
-                    names[f"layers.{mine}.{suffix}"] = (full, other[suffix])
+                    names[canonical] = (full, other[suffix])
                 else:
-                    host_only.append(full)
-            donor_only += [name for suffix, name in other.items() if suffix not in layer]
+                    host_only[full] = canonical
+            donor_only |= {name: f"layers.{mine}.{suffix}" for suffix, name in other.items() if suffix not in layer}
         for canonical, full in self.tower.names.items():
             if canonical in theirs.names:
                 names[canonical] = (full, theirs.names[canonical])
             else:
-                host_only.append(full)
-        donor_only += [name for canonical, name in theirs.names.items() if canonical not in self.tower.names]
+                host_only[full] = canonical
+        donor_only |= {name: canonical for canonical, name in theirs.names.items() if canonical not in self.tower.names}
         return TowerMap(
             self.tower.prefix,
             theirs.prefix,
             self.layers,
             names,
-            tuple(host_only),
-            tuple(donor_only),
+            host_only,
+            donor_only,
             self.cross,
             self.tower.count,
         )
@@ -266,8 +308,9 @@ def _outside(prefix: str, shapes: Shapes) -> dict[str, str]:
     if f"{prefix}{EMBED}" in shapes:
         names[EMBED] = f"{prefix}{EMBED}"
     for norm in _NORMS:
-        if f"{prefix}{norm}" in shapes:
-            names[norm if norm == "norm.bias" else NORM] = f"{prefix}{norm}"
+        for canonical in (NORM, NORM_BIAS):
+            if (name := f"{prefix}{norm}.{canonical.rpartition('.')[2]}") in shapes:
+                names[canonical] = name
     above = prefix.removesuffix("model.") if prefix.endswith("model.") else prefix
     for start in dict.fromkeys(
         (prefix, above, above.removesuffix("model."), above.removesuffix("model.language_"), "")
@@ -278,7 +321,8 @@ def _outside(prefix: str, shapes: Shapes) -> dict[str, str]:
     return names
 
 
-def _named(every: list[Tower], prefix: str, where: str) -> Tower:
+def named_tower(every: Sequence[Tower], prefix: str, where: str) -> Tower:
+    """The one with this prefix, with or without its last dot or `layers.`. Raises `UsageError`."""
     wanted = prefix.removesuffix("layers.").removesuffix(".")
     wanted = f"{wanted}." if wanted else ""
     for tower in every:
@@ -292,6 +336,6 @@ def _named(every: list[Tower], prefix: str, where: str) -> Tower:
     )
 
 
-def _ambiguous(fitting: list[Tower], where: str) -> UsageError:
+def _ambiguous(fitting: list[Tower], where: str) -> SeveralTowers:
     shown = ", ".join(f"{printable(t.prefix)} ({t.count} layers)" for t in fitting[:6])
-    return UsageError("tower", f"{where}: several towers fit: {shown}", hint="choose one with --tower PREFIX")
+    return SeveralTowers("tower", f"{where}: several towers fit: {shown}", hint="choose one with --tower PREFIX")

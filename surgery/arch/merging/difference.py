@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from surgery.arch.language.towers import find_towers, shapes_of
+from surgery.arch.language.locate import locate_towers
 from surgery.arch.merging.arithmetic import FLOATS, PIECE, Source
 from surgery.arch.merging.formulas import Formula, elements
 from surgery.arch.merging.measure import Sums, by_formula, measure_tensor
-from surgery.arch.merging.selection import groups_of, layer_of
+from surgery.arch.merging.selection import NORMS, groups_of, layer_of
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.reader import open_reader
 
@@ -68,11 +68,8 @@ def compare_towers(
     report: Callable[[str, Mapping[str, float]], None] = lambda event, numbers: None,
 ) -> dict[str, Any]:
     """{"prefix", "layers": rows, "groups": rows, "all": row}. Raises `CheckpointError` where towers do not fit."""
-    maps = [
-        find_towers(shapes_of(host.tensors), shapes_of(other.tensors), host_name=host.name, donor_name=other.name)
-        for other in (donor, base)
-    ]
-    names = [c for c in maps[0].names if c in maps[1].names and (layer_of(c) is not None or c == "norm.weight")]
+    maps = [locate_towers(host, other) for other in (donor, base)]
+    names = [c for c in maps[0].names if c in maps[1].names and (layer_of(c) is not None or c in NORMS)]
     layers: dict[int | str, tuple[Moves, Sums]] = {}
     groups: dict[str, tuple[Moves, Sums]] = {}
     every = (Moves(), Sums())

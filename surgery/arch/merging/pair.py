@@ -10,8 +10,9 @@ from typing import Any
 
 from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, with_dtype
 from surgery.arch.language.families import family_of, text_config
+from surgery.arch.language.locate import locate_towers
 from surgery.arch.language.preflight import check_stored, compare_configs, likeness, stop_on
-from surgery.arch.language.towers import EMBED, HEAD, TowerMap, find_towers, parse_layer_map, shapes_of
+from surgery.arch.language.towers import EMBED, HEAD, TowerMap, parse_layer_map
 from surgery.arch.language.vocabulary import rows_by_policy
 from surgery.arch.layers import parse_spans
 from surgery.arch.merging.card import card
@@ -84,6 +85,8 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     check_stored(donor.tensors, [mapped.names[c][1] for c in chosen], donor.name)
     warnings = _preflight(request, host, donor, mapped, chosen)
     rows, inputs = _vocabulary(request, host, donor, base, mapped, base_map, chosen)
+    if mapped.by_class:  # another version of transformers may answer otherwise
+        inputs["tower"] = canonical_digest({c: list(pair) for c, pair in mapped.names.items()})
     entries = _entries(request, method, host, donor, base, mapped, base_map, chosen, layers, rows)
     part = host.part()
     edited: dict[str, Any] = {}
@@ -102,6 +105,7 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
         "donor": {"name": donor.name, "class": _class_of(donor.part().config)},
         "base": base.name if base else None,
         "prefix": mapped.host_prefix,
+        "found_by": mapped.by_class or "names",
         "layers": {"selected": selected, "of": mapped.host_count, "cross_attention": list(mapped.cross_layers)},
         "weights": method.said(shares, layers),
         "merged": {"tensors": len(merged), "bytes": sum(e.nbytes for e in merged)},
@@ -231,14 +235,12 @@ class _Method:
 
 
 def _map(request: Request, host: Checkpoint, other: Checkpoint) -> TowerMap:
-    return find_towers(
-        shapes_of(host.tensors),
-        shapes_of(other.tensors),
+    return locate_towers(
+        host,
+        other,
         prefix=request.tower,
         layer_map=parse_layer_map(request.layer_map) if request.layer_map else None,
         ignore_extra=request.ignore_extra,
-        host_name=host.name,
-        donor_name=other.name,
     )
 
 
@@ -270,9 +272,9 @@ def _preflight(
         found = replace(found, likeness=likeness(host, donor, mapped))
     warnings = list(stop_on(found, strict=request.strict, force=request.force))
     if request.ignore_extra and mapped.donor_only:
-        extra = [printable(n) for n in mapped.donor_only if layer_of(n.removeprefix(mapped.donor_prefix)) is not None]
+        extra = [printable(n) for n, canonical in mapped.donor_only.items() if layer_of(canonical) is not None]
         warnings += [f"left out, only the donor has them: {', '.join(extra[:4])}"] if extra else []
-    inside = [n for n in mapped.host_only if layer_of(n.removeprefix(mapped.host_prefix)) in mapped.layers]
+    inside = [n for n, canonical in mapped.host_only.items() if layer_of(canonical) in mapped.layers]
     if inside:
         warnings.append(
             f"{len(inside)} tensors of the host's layers have no counterpart and stay: {printable(inside[0])}, …"

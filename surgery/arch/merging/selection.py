@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.arch.language.towers import EMBED, HEAD, NORM
+from surgery.arch.language.towers import EMBED, HEAD, NORM, NORM_BIAS
 from surgery.arch.patterns import matcher, nearest
 from surgery.errors import UsageError, printable
 
+NORMS = (NORM, NORM_BIAS)  # the final norm
 GROUPS = ("attn", "mlp", "norms", "final-norm", "embed", "head")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _ATTENTION = ("self_attn.", "attn.", "attention.", "linear_attn.", "cross_attn.", "conv.")
@@ -32,7 +33,7 @@ def groups_of(canonical: str) -> set[str]:
     """The groups that a canonical name belongs to; the norms inside attention count as both."""
     match = _LAYER.match(canonical)
     if match is None:
-        return {{NORM: "final-norm", EMBED: "embed", HEAD: "head"}.get(canonical, "")} - {""}
+        return {{**dict.fromkeys(NORMS, "final-norm"), EMBED: "embed", HEAD: "head"}.get(canonical, "")} - {""}
     suffix = match[2]
     found = set()
     if suffix.startswith(_ATTENTION):
@@ -55,7 +56,7 @@ def select(
     """The chosen canonical names in the order given. A group or pattern that fits nothing is a `UsageError`."""
     names = list(names)
     wanted = set(layers)
-    chosen = {n for n in names if layer_of(n) in wanted or (final_norm and n == NORM)}
+    chosen = {n for n in names if layer_of(n) in wanted or (final_norm and n in NORMS)}
     for option, patterns in (("exclude", exclude), ("include", include)):
         for pattern in patterns:
             fits = _fits(pattern)

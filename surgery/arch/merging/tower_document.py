@@ -7,8 +7,9 @@ The weights are those of the document, in mergekit's sense; which tensors take p
 from collections.abc import Sequence
 from dataclasses import replace
 
+from surgery.arch.language.locate import locate_towers
 from surgery.arch.language.preflight import compare_configs, likeness, stop_on
-from surgery.arch.language.towers import TowerMap, find_towers, shapes_of
+from surgery.arch.language.towers import TowerMap
 from surgery.arch.layers import parse_spans
 from surgery.arch.merging.card import short_name
 from surgery.arch.merging.document import Key, Row
@@ -40,9 +41,7 @@ def tower_rows(
         if source.model == host:
             continue
         other = parents[source.model]
-        maps[source.key] = find_towers(
-            shapes_of(mine.tensors), shapes_of(other.tensors), host_name=mine.name, donor_name=other.name
-        )
+        maps[source.key] = locate_towers(mine, other)
         found = compare_configs(mine.part().config, other.part().config, host_name=mine.name, donor_name=other.name)
         if not isinstance(mine, Planned) and not isinstance(other, Planned):  # else there are no values yet
             found = replace(found, likeness=likeness(mine, other, maps[source.key]))
