@@ -6,7 +6,7 @@ with `config` the models that it numbers. Changes: the selected tensors of the t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch.carried import FLOATS, SHORT_FLOATS
@@ -15,6 +15,11 @@ from surgery.graph.op import Compute, Param, Plan, PlanContext
 from surgery.store.checkpoint import Checkpoint
 
 _TIES = ("ties", "dare-linear", "dare-ties")
+_IN_DOCUMENT = {
+    "method": "merge_method: NAME", "alpha": "parameters: {weight: …} of each model", "dtype": "out_dtype: NAME",
+    "density": "parameters: {density: …}", "param": "parameters: {NAME: VALUE}", "chat_template": "chat_template: NAME",
+}  # fmt: skip
+_WITH_CONFIG = ("config", "arithmetic", "strict", "force")  # all else a document says itself
 _WORDS = {
     "vocab": ("host", "overlap", "by-token"),
     "rounding": ("nearest", "stochastic"),
@@ -79,6 +84,8 @@ class Merge:
     def __post_init__(self) -> None:
         from surgery.arch.merging.selection import resolve_alpha
 
+        if self.config is not None:
+            self._check_document()
         method = self.method
         self._set("method", method.replace("_", "-") if method in ("task_arithmetic",) else method)
         self._set("alpha", resolve_alpha(self.alpha or ("0" if method == "swap" else "0.9")))
@@ -102,6 +109,23 @@ class Merge:
     def trainer(self) -> str | None:
         """What makes all tensors together: mergekit's own run, where it was asked for."""
         return "surgery.arch.merging.delegate:train" if self.arithmetic == "mergekit" else None
+
+    def _check_document(self) -> None:
+        """Refuse options that a document would silently have the better of."""
+        for option in fields(self):
+            plain = option.default if option.default is not MISSING else None
+            given = getattr(self, option.name)
+            same = given == plain or not (given or plain) or (option.name, given) == ("alpha", "0.9")
+            if option.name in _WITH_CONFIG or same:
+                continue
+            shown = option.name.replace("_", "-")
+            own = {"layers", "include", "exclude"}
+            where = (
+                "surgery: {host: MODEL, " + option.name + ": …}"
+                if option.name in own
+                else _IN_DOCUMENT.get(option.name, "its models, parameters and dtype")
+            )
+            raise UsageError(shown, f"--{shown} does not go with --config", hint=f"write it in the file: {where}")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -167,9 +191,10 @@ class Merge:
 
         where = spans([n for n in little if isinstance(n, int)])
         shown = f"layers {where}" if where else "the tensors outside layers"
+        remedy = "--dtype float16 or --rounding stochastic" if self.config is None else "out_dtype: float16"
         return [
             f"less than 80 % of the intended change arrives in {shown}: it is smaller than the steps of the stored "
-            "dtype; --dtype float16 or --rounding stochastic keeps it"
+            f"dtype; {remedy} keeps it"
         ]
 
     def describe(self, plan: Plan) -> list[str]:
@@ -178,7 +203,7 @@ class Merge:
 
         report = plan.report
         if "host" not in report:
-            return [f"method   {report['method']}, {len(report['models'])} models"]
+            return [f"method   {report['method']}", *(f"model    {name}" for name in report["models"])]
         layers = report["layers"]
         by_class = "" if report["found_by"] == "names" else "  (names left it open: found by building the class)"
         lines = [

@@ -128,6 +128,22 @@ def test_several_documents_build_on_one_another(pair: Pair, command: Command) ->
         ("merge_method: passthrough\nslices: [{sources: [{model: DONOR, layer_range: [0, 9]}]}]\n", "has 4 layers"),
         ("merge_method: linear\nmodels: [{model: DONOR, parameters: {weight: one}}]\n", "wrong type"),
         ("merge_method: ties\nmodels: [{model: DONOR, parameters: {weight: 1}}]\n", "needs a base_model"),
+        (
+            "merge_method: ties\nbase_model: BASE\nparameters: {weight: 1}\n"
+            "slices: [{sources: [{model: DONOR, layer_range: [0, 2]}]}]\n",
+            "base_model is not among the sources",
+        ),
+        ("merge_method: model_stock\nbase_model: BASE\nmodels: [{model: DONOR}]\n", "takes at least 3 models"),
+        (
+            "merge_method: della\nbase_model: BASE\nmodels: [{model: DONOR}]\n"
+            "parameters: {weight: 1, density: 0.1, epsilon: 0.15}\n",
+            "Epsilon must be chosen",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: DONOR}, {model: BASE}]\nparameters: {weight: 1}\n"
+            "surgery: {layers: 0-1}\n",
+            "not of which model",
+        ),
     ],
 )
 def test_a_document_that_cannot_be_met_is_one_line(document: str, says: str, pair: Pair, command: Command) -> None:
@@ -137,6 +153,46 @@ def test_a_document_that_cannot_be_met_is_one_line(document: str, says: str, pai
     ended = command("merge", "-c", "bad.yml", "-o", "out")
     assert ended.code == 2 and says in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--layers", "0-1"], "surgery: {host: MODEL, layers: …}"),
+        (["--method", "ties"], "merge_method: NAME"),
+        (["--alpha", "0.5"], "parameters: {weight: …}"),
+        (["--dtype", "float16"], "out_dtype: NAME"),
+        (["--rounding", "stochastic"], "its models, parameters and dtype"),
+        (["--param", "t=1"], "parameters: {NAME: VALUE}"),
+    ],
+)
+def test_options_that_a_document_says_itself_are_refused(
+    options: list[str], says: str, pair: Pair, command: Command
+) -> None:
+    models = [{"model": str(p), "parameters": {"weight": 0.5}} for p in (pair.donor, pair.base)]
+    Path("x.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    ended = command("merge", "-c", "x.yml", *options, "-o", "out")
+    assert ended.code == 2 and f"{options[0]} does not go with --config" in ended.stderr and says in ended.stderr
+    assert not Path("out").exists()
+
+
+def test_a_parameter_that_the_method_lacks_is_warned_of(pair: Pair, command: Command) -> None:
+    models = [{"model": str(p), "parameters": {"weight": 0.5}} for p in (pair.donor, pair.base)]
+    document = {"merge_method": "linear", "models": models, "parameters": {"int8_mask": True, "normalise": False}}
+    Path("x.yml").write_text(yaml.safe_dump(document))
+    ended = command("merge", "-c", "x.yml", "--dry-run", "--json")
+    said = json.loads(ended.stdout)["warnings"]
+    assert [w for w in said if "'int8_mask'" in w] and [w for w in said if "did you mean 'normalize'?" in w], said
+
+
+def test_our_block_takes_the_base_model_as_host(pair: Pair, command: Command, tmp_path: Path) -> None:
+    models = [{"model": str(p), "parameters": {"weight": 0.5}} for p in (pair.donor, pair.base)]
+    document = {"merge_method": "linear", "base_model": str(pair.base), "models": models, "surgery": {"layers": "1-2"}}
+    Path("x.yml").write_text(yaml.safe_dump(document))
+    assert command("merge", "-c", "x.yml", "-o", "out", "-q").code == 0
+    base, out = tensors(pair.base), tensors(tmp_path / "out")
+    changed = {name.split(".")[2] for name in out if not torch.equal(out[name], base[name])}
+    assert changed == {"1", "2"}
 
 
 def test_a_file_and_names_do_not_go_together(pair: Pair, command: Command) -> None:

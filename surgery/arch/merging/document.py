@@ -7,40 +7,31 @@ passthrough are made in pieces; every other method by mergekit's own kernel, bit
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from surgery.arch.blocks import BlockList, edit_depth
 from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, with_dtype
 from surgery.arch.language.families import family_of
-from surgery.arch.language.towers import EMBED, HEAD, Tower, language_tower, shapes_of
+from surgery.arch.language.towers import EMBED, HEAD
 from surgery.arch.merging.adapters import Adapter, open_adapter
 from surgery.arch.merging.card import card
 from surgery.arch.merging.files import files_of, named_template
 from surgery.arch.merging.formulas import Formula
-from surgery.arch.merging.kernels import Kernel, is_random, needs_base, spec_of
+from surgery.arch.merging.kernels import Kernel, check_inputs, is_random, spec_of
 from surgery.arch.merging.pair import SCRATCH, Task, plain_model
+from surgery.arch.merging.rows import Key, Row, depth_of, plain_rows
 from surgery.arch.merging.settings import Document, Slice, Source, find
 from surgery.arch.merging.vocabularies import Vocabulary, merged_vocabulary
-from surgery.errors import CheckpointError, UsageError, printable
+from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
 from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.header import nbytes_of
 
-_STREAMED = ("linear", "slerp", "passthrough")
+# The methods that are made in pieces, with their parameters.
+_STREAMED = {"linear": ("weight", "normalize"), "slerp": ("t",), "passthrough": ("scale",)}
 _WIDTH = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of precision
 _EXACT = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}  # nothing is rounded
-Key = tuple[int, int | None]
-
-
-class Row(NamedTuple):
-    """One output tensor: its name, its place in a gradient, the slice it belongs to, and each input's tensor by key."""
-
-    name: str
-    canonical: str
-    t: float
-    part: Slice
-    inputs: Mapping[Key, TensorRef]
 
 
 def plan_document(
@@ -50,6 +41,7 @@ def plan_document(
     for parent in parents:
         plain_model(parent)
     document = read_document(text, parents)
+    _check_sources(document, parents)
     adapters = {key: open_adapter(parents[key[1]], parents[key[0]]) for key in document.inputs() if key[1] is not None}
     if arithmetic == "mergekit":
         from surgery.arch.merging.delegate import check_models
@@ -62,9 +54,10 @@ def plan_document(
         first, rows, kept, warnings = tower_rows(document, parents, host, strict=strict, force=force)
     else:
         first = document.base or document.slices[0].sources[0].key
-        rows, kept, warnings = _plain_rows(document, parents, first), [], []
+        rows, kept, warnings = plain_rows(document, parents, first, force=force)
     vocabulary = merged_vocabulary(document, parents) if document.tokenizer is not None else None
     maker = _Maker(document, parents, adapters, vocabulary, arithmetic)
+    warnings = [*warnings, *maker.unknown_parameters(), *(vocabulary.warnings if vocabulary else ())]
     entries = [*maker.entries(rows, first), *kept]
     plan = _finished(document, parents, first, entries, vocabulary, warnings, mirrored=not document.sliced)
     if arithmetic == "mergekit":
@@ -124,6 +117,19 @@ def read_document(text: str, parents: Sequence[Checkpoint]) -> Document:
     )
 
 
+def _check_sources(document: Document, parents: Sequence[Checkpoint]) -> None:
+    """Refuse a model that stands twice where its settings could not be told apart."""
+    for part in document.slices:
+        keys = [s.key for s in part.sources]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UsageError(
+                    "models",
+                    f"{parents[key[0]].name} stands {keys.count(key)} times among the models that are merged",
+                    hint="name it once, with the sum of its weights",
+                )
+
+
 def _key(model: Any) -> Key:
     return (model[0], model[1]) if isinstance(model, list) else (model, None)
 
@@ -134,84 +140,27 @@ def _source(given: Mapping[str, Any]) -> Source:
 
 
 def _host(document: Document, parents: Sequence[Checkpoint]) -> int | None:
-    """The model whose tower the others are merged into, where they are not all of one layout."""
+    """The model whose tower the others are merged into, where they are not all of one layout or our block says what to
+    merge. Raises `UsageError` where it is not clear."""
     if "host" in document.ours:
         return _key(document.ours["host"])[0]
     models = list(dict.fromkeys(k[0] for k in document.inputs()))
     families = {m: family_of(parents[m].part().config) for m in models}
     seeing = [m for m in models if families[m] is not None]
+    based = document.base[0] if document.base is not None else None
     if seeing and len(seeing) < len(models):
-        if len(seeing) > 1:
+        if len(seeing) > 1 and based not in seeing:
             raise UsageError(
                 "host", "several of the models are vision-language models", hint="surgery: {host: MODEL} names the host"
             )
-        return seeing[0]
-    return None
-
-
-def _plain_rows(document: Document, parents: Sequence[Checkpoint], first: Key) -> list[Row]:
-    """The output's tensors where all models have one layout; layers are numbered anew through the slices."""
-    models = {k[0] for k in document.inputs()}
-    shapes = {m: shapes_of(parents[m].tensors) for m in models}
-    towers = {m: language_tower(shapes[m], where=parents[m].name) for m in models}
-    prefix = towers[first[0]].prefix
-    rows: list[Row] = []
-    inside = {n for layer in towers[first[0]].layers.values() for n in layer.values()}
-    for name in parents[first[0]].tensors:
-        if name not in inside:
-            # What stands before the layers belongs to the first slice, what comes after them to the last.
-            part = document.slices[0 if name.endswith(EMBED) else -1]
-            inputs = {s.key: _outside(parents[s.model], name, towers[s.model]) for s in part.sources}
-            rows.append(Row(name, name.removeprefix(prefix), 0.0, part, _complete(inputs, parents, name)))
-    number = 0
-    for part in document.slices:
-        spans = [(s, _range(s, towers[s.model], parents[s.model])) for s in part.sources]
-        lengths = {len(span) for _, span in spans}
-        if len(lengths) != 1:
-            depths = ", ".join(f"{parents[s.model].name} {len(span)}" for s, span in spans)
-            raise CheckpointError(
-                "incompatible", f"the models differ in their number of layers: {depths}", hint="name slices: of both"
-            )
-        for index in range(lengths.pop()):
-            t = index / (len(spans[0][1]) - 1) if len(spans[0][1]) > 1 else 1.0
-            layers = {s.key: towers[s.model].layers[span[index]] for s, span in spans}
-            for suffix in layers[part.sources[0].key]:
-                name = f"{prefix}layers.{number}.{suffix}"
-                inputs = {
-                    k: parents[k[0]].tensors[layer[suffix]] if suffix in layer else None for k, layer in layers.items()
-                }
-                rows.append(Row(name, f"layers.{number}.{suffix}", t, part, _complete(inputs, parents, name)))
-            number += 1
-    return rows
-
-
-def _range(source: Source, tower: Tower, model: Checkpoint) -> range:
-    if source.last == -1:
-        return range(tower.count)
-    if source.last > tower.count:
+        return seeing[0] if len(seeing) == 1 else based
+    if document.ours and based is None:
         raise UsageError(
-            "layer-range",
-            f"layer_range [{source.first}, {source.last}]: {model.name} has {tower.count} layers",
-            hint=f"the last one is [{tower.count - 1}, {tower.count}]",
+            "host",
+            f"the block surgery: says {', '.join(document.ours)}, and not of which model",
+            hint="surgery: {host: MODEL} names the one that keeps all that is not merged",
         )
-    return range(source.first, source.last)
-
-
-def _outside(model: Checkpoint, name: str, tower: Tower) -> TensorRef | None:
-    if name in model.tensors:
-        return model.tensors[name]
-    return model.tensors[tower.names[EMBED]] if name.endswith(HEAD) else None  # tied: the embedding is the head
-
-
-def _complete(inputs: Mapping[Key, TensorRef | None], parents: Sequence[Checkpoint], name: str) -> dict[Key, TensorRef]:
-    for key, ref in inputs.items():
-        if ref is None:
-            raise CheckpointError(
-                "incompatible",
-                f"{parents[key[0]].name} has no counterpart of '{printable(name)}'",
-                hint="the models must be of one architecture",
-            )
-    return {k: r for k, r in inputs.items() if r is not None}
+    return based if document.ours else None
 
 
 class _Maker:
@@ -236,6 +185,30 @@ class _Maker:
             )
         # Importing the declaration costs what torch costs: not for the methods whose parameters are known here.
         self.spec = None if document.method in _STREAMED and self.streams else spec_of(document.method)
+        for part in document.slices:
+            keys = [s.key for s in part.sources]
+            if self.spec is not None:
+                check_inputs(self.spec, len(keys), given=part.base is not None, among=part.base in keys)
+            elif document.method == "slerp" and (len(keys) != 2 or part.base not in keys):
+                raise UsageError(
+                    "models", "slerp takes exactly two models, one of them the base_model", hint="base_model: MODEL"
+                )
+            elif document.method == "passthrough" and len(keys) != 1:
+                raise UsageError("models", "passthrough takes one model a slice", hint="linear blends several")
+
+    def unknown_parameters(self) -> list[str]:
+        """Warnings about settings that the method does not have; mergekit passes over them in silence."""
+        document = self.document
+        known = _STREAMED.get(document.method) or [p.name for p in spec_of(document.method).parameters]
+        scopes = [document.module, document.top]
+        for part in document.slices:
+            scopes += [part.parameters, *(s.parameters for s in part.sources)]
+        named = dict.fromkeys(name for scope in scopes for name in scope or ())
+        return [
+            f"{document.method} has no parameter '{printable(name)}', which changes nothing ({closest(name, [*known])})"
+            for name in named
+            if name not in known
+        ]
 
     def entries(self, rows: Sequence[Row], first: Key) -> Iterator[Entry]:
         """An entry for every row."""
@@ -321,23 +294,15 @@ class _Maker:
                 )
             return Formula("linear", tuple(weights), normalize=normalize is not False), keys
         if method == "slerp":
-            if len(keys) != 2 or part.base not in keys:
-                raise UsageError(
-                    "models", "slerp takes exactly two models, one of them the base_model", hint="base_model: MODEL"
-                )
             t = self._shared("t", row, _number, required=True)
             ordered = [part.base, *(k for k in keys if k != part.base)]
             return Formula("slerp", (1 - t, t)), [k for k in ordered if k is not None]
-        if len(keys) != 1:
-            raise UsageError("models", "passthrough takes one model a slice", hint="linear blends several")
         scale = self._own("scale", row, keys[0], _number)
         return Formula("linear", (1.0 if scale is None else scale,), normalize=False), keys
 
     def _kernel(self, row: Row, keys: Sequence[Key], work: str) -> Task:
         spec = self.spec or spec_of(self.document.method)
         base = row.part.base
-        if base is None and needs_base(spec):
-            raise UsageError("base", f"{spec.name} needs a base_model", hint="base_model: MODEL")
         others = [k for k in keys if k != base]
         shared: list[tuple[str, Any]] = []
         per_input: list[tuple[str, tuple[Any, ...]]] = []
@@ -388,10 +353,17 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+_FLAGS = {"true": True, "t": True, "yes": True, "y": True, "on": True, "1": True} | {
+    word: False for word in ("false", "f", "no", "n", "off", "0")
+}
+
+
 def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
+    """A truth value in any of the spellings that mergekit takes."""
+    word = str(value).lower()
+    if word not in _FLAGS:
         raise TypeError(value)
-    return value
+    return _FLAGS[word]
 
 
 def _promoted(dtypes: Sequence[str]) -> str:
@@ -399,6 +371,14 @@ def _promoted(dtypes: Sequence[str]) -> str:
     if len(kinds) == 1:
         return dtypes[0]
     return "F64" if "F64" in kinds else "F32"  # of bfloat16 and float16 too
+
+
+def _raised(base: Checkpoint, entries: Sequence[Entry]) -> str | None:
+    """The dtype that all merged floats have, where inputs of several dtypes gave one that the base does not have."""
+    found = {e.dtype for e in entries if e.dtype in FLOATS.values()}
+    before = {ref.dtype for ref in base.tensors.values()}
+    names = {v: k for k, v in FLOATS.items()}
+    return names[found.pop()] if len(found) == 1 and not found <= before else None
 
 
 def _finished(
@@ -417,15 +397,15 @@ def _finished(
     edits: tuple[tuple[str, Any, Any], ...] = ()
     if part.config is not None and part.config_file is not None:
         config = dict(part.config)
-        wanted = document.out_dtype or document.dtype
+        wanted = document.out_dtype or document.dtype or _raised(base, entries)
         if wanted:
             config = with_dtype(config, wanted)
         if document.sliced:
-            tower = language_tower(shapes_of(base.tensors), where=base.name)
+            prefix, count = depth_of(base)
             order = [s.first + i for piece in document.slices for s in piece.sources[:1] for i in range(piece.count)]
             where = f"{base.name}: {part.config_file}"
-            if max(order) < tower.count:
-                edit = edit_depth(config, BlockList(f"{tower.prefix}layers.", tower.count), order, where=where)
+            if max(order) < count:
+                edit = edit_depth(config, BlockList(prefix, count), order, where=where)
                 config, warnings = edit.config, [*warnings, *edit.warnings]
             else:
                 config["num_hidden_layers"] = len(order)

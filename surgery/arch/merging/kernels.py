@@ -35,7 +35,9 @@ def spec_of(method: str) -> Any:
     """mergekit's declaration of a method. Raises `UsageError` with the nearest names for an unknown one."""
     known = _registered()
     if method not in known:
-        raise UsageError("method", f"--method {printable(method)}: unknown", hint=closest(method, sorted(known)))
+        raise UsageError(
+            "method", f"no merge method is called '{printable(method)}'", hint=closest(method, sorted(known))
+        )
     return known[method].spec
 
 
@@ -57,6 +59,37 @@ def _methods(module: Any) -> Sequence[Any]:
 def needs_base(spec: Any) -> bool:
     """Whether a method must be given the model that its inputs came from (or, of two inputs, which is the first)."""
     return str(spec.contract.base.value) == "required"
+
+
+def check_inputs(spec: Any, count: int, *, given: bool, among: bool) -> None:
+    """Raise `UsageError` unless the method takes `count` inputs, base included: `given` says whether the document has a
+    base_model, `among` whether it is one of the inputs."""
+    contract = spec.contract
+    if needs_base(spec) and not given:
+        raise UsageError("base", f"{spec.name} needs a base_model", hint="base_model: MODEL")
+    if uses_base(spec) and given and not among:
+        raise UsageError(
+            "base",
+            f"{spec.name}: the base_model is not among the sources of a slice",
+            hint="add {model: BASE, layer_range: [first, end]} to the sources of each slice",
+        )
+    based = among and uses_base(spec)
+    limits = (
+        (count, contract.min_inputs, contract.max_inputs, "models, the base among them" if based else "models"),
+        (count - based, contract.min_non_base, contract.max_non_base, "models beside the base"),
+    )
+    for have, least, most, what in limits:
+        if (least is not None and have < least) or (most is not None and have > most):
+            wanted = (
+                f"exactly {least}"
+                if least == most
+                else f"at least {least}"
+                if have < (least or 0)
+                else f"at most {most}"
+            )
+            raise UsageError(
+                "models", f"{spec.name} takes {wanted} {what}, not {have}", hint="see the document's models"
+            )
 
 
 def takes_two(spec: Any) -> bool:
@@ -117,8 +150,12 @@ def merge(
         with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return call()
-    except (ValueError, TypeError, RuntimeError) as err:
-        first = printable(str(err).strip().split("\n")[0])
-        raise SurgeryError(
-            "merge", f"{kernel.method} could not make '{printable(name)}': {first}", hint="check its parameters"
-        ) from None
+    except (ValueError, TypeError) as err:  # what a method says of its parameters
+        raise UsageError("parameter", _failed(kernel, name, err), hint="check its parameters") from None
+    except RuntimeError as err:
+        raise SurgeryError("merge", _failed(kernel, name, err), hint="check its parameters") from None
+
+
+def _failed(kernel: Kernel, name: str, err: Exception) -> str:
+    first = printable(str(err).strip().split("\n")[0])
+    return f"{kernel.method} could not make '{printable(name)}': {first}"

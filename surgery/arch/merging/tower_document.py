@@ -12,7 +12,7 @@ from surgery.arch.language.preflight import compare_configs, likeness, stop_on
 from surgery.arch.language.towers import TowerMap
 from surgery.arch.layers import parse_spans
 from surgery.arch.merging.card import short_name
-from surgery.arch.merging.document import Key, Row
+from surgery.arch.merging.rows import Key, Row
 from surgery.arch.merging.selection import layer_of, select
 from surgery.arch.merging.settings import Document
 from surgery.errors import UsageError

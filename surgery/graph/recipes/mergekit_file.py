@@ -16,6 +16,7 @@ mergekit itself is not imported: what a method is and which parameters it has is
 """
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,15 @@ class _Reader:
 
     def _setting(self, value: Any, at: tuple[Any, ...]) -> Any:
         """A scalar, a list of scalars (a gradient), or conditions {filter, value}."""
+        if isinstance(value, float) and not isfinite(value):
+            raise self._fault(at, f"{self._called(at)} is {value}", "a finite number")
         if isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Mapping):
             return [self._condition(value, at)]
-        if isinstance(value, list) and value:
+        if isinstance(value, list):  # an empty one says nothing: the next scope is asked
             if all(isinstance(v, bool | int | float | str) for v in value):
-                return list(value)
+                return [self._setting(v, at) for v in value]
             if all(isinstance(v, Mapping) for v in value):
                 return [self._condition(v, (*at, i)) for i, v in enumerate(value)]
         shown = printable(repr(value), limit=60)
@@ -238,16 +241,31 @@ class _Reader:
         body = self._mapping(value, at)
         self._keys(body, _TOKEN, at)
         made: dict[str, Any] = {"force": bool(body.get("force", False))}
-        source = body.get("source")
+        source, here = body.get("source"), (*at, "source")
         if isinstance(source, Mapping) and "kind" in source:
-            made["source"] = dict(source)
-            if source.get("kind") == "model_token":
-                made["source"]["model"] = self._model(source.get("model"), (*at, "source", "model"))
-            elif source.get("kind") != "zero":
-                raise self._fault((*at, "source"), "kind is zero or model_token", "kind: zero")
+            made["source"] = self._embedding(source, here)
         elif source is not None:
-            made["source"] = self._model(source, (*at, "source"))
+            made["source"] = self._model(source, here)
         return made
+
+    def _embedding(self, source: Mapping[str, Any], at: tuple[Any, ...]) -> dict[str, Any]:
+        """Where a token's row comes from: nowhere (zero), or a token of a model by its text or number."""
+        kind = source["kind"]
+        if kind not in ("zero", "model_token"):
+            raise self._fault(at, f"kind is {printable(repr(kind), limit=40)}", "kind: zero or kind: model_token")
+        if kind == "zero":
+            self._keys(source, ("kind",), at)
+            return {"kind": "zero"}
+        self._keys(source, ("kind", "model", "token", "token_id"), at)
+        given = {k: source[k] for k in ("token", "token_id") if source.get(k) is not None}
+        if len(given) != 1:
+            raise self._fault(at, "model_token needs the token: one of token and token_id", "token: '<|im_end|>'")
+        number = given.get("token_id")
+        if number is not None and (type(number) is not int or number < 0):
+            raise self._fault(at, f"token_id is {printable(repr(number), limit=40)}", "token_id: 151645")
+        if "token" in given:
+            given["token"] = str(given["token"])
+        return {"kind": kind, "model": self._model(source.get("model"), (*at, "model")), **given}
 
     def _ours(self, value: Any, at: tuple[Any, ...]) -> dict[str, Any]:
         body = self._mapping(value, at)
@@ -269,8 +287,6 @@ class _Reader:
         """The index of a model, or [model, adapter]. A revision stays a part of the name, as our own names have it."""
         if isinstance(value, Mapping):
             self._keys(value, ("model", "lora", "path", "revision", "override_architecture"), at)
-            if value.get("override_architecture"):
-                raise self._fault(at, "override_architecture has no use here: names decide", "leave it out")
             model = value if "path" in value else value.get("model")
             lora = value.get("lora")
             texts = [self._path(v, at) for v in (model, lora) if v is not None]
@@ -300,13 +316,17 @@ class _Reader:
 
     def _mapping(self, value: Any, at: tuple[Any, ...]) -> Mapping[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise self._fault(at, f"{at[-1]} must map names to values", "see recipes/vlm-merge/")
+            raise self._fault(at, f"{self._called(at)} must map names to values", "see recipes/vlm-merge/")
         return value
 
     def _list(self, value: Any, at: tuple[Any, ...]) -> list[Any]:
         if not isinstance(value, list) or not value:
             raise self._fault(at, f"{at[-1]} must be a list with at least one item", "see recipes/vlm-merge/")
         return value
+
+    def _called(self, at: tuple[Any, ...]) -> str:
+        """What stands at a place: its key, or which item of a list it is."""
+        return f"item {at[-1] + 1} of {at[-2]}" if isinstance(at[-1], int) else str(at[-1])
 
     def _line(self, at: tuple[Any, ...]) -> int:
         return next((self.lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in self.lines), 1)

@@ -3,8 +3,6 @@
 Methods made by mergekit's kernels are equal bit for bit, those made in pieces within one step of the stored dtype.
 """
 
-import contextlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +13,13 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mergekit_runs import check, ours, theirs
 from safetensors.torch import load_file
 
 import surgery
 from surgery.arch.merging.settings import evaluate
-from surgery.graph.recipes.mergekit_file import parse_mergekit, read_mergekit
+from surgery.errors import UsageError
+from surgery.graph.recipes.mergekit_file import parse_mergekit
 
 LAYERS = 4
 
@@ -46,38 +46,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         core = Tokenizer(models.WordLevel(words, unk_token="w0"))
         PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0").save_pretrained(root / name)
     return root
-
-
-def ours(document: dict[str, Any], root: Path, out: Path) -> dict[str, torch.Tensor]:
-    file = root / f"{out.name}.yml"
-    file.write_text(yaml.safe_dump(document))
-    (step,) = read_mergekit(file).steps
-    result = surgery.apply("merge", *step.sources, out=out, config=step.params["config"])
-    return {n: t for f in sorted(result.path.glob("*.safetensors")) for n, t in load_file(f).items()}
-
-
-def theirs(document: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        options = MergeOptions(write_model_card=False, quiet=True, copy_tokenizer=False, random_seed=0)
-        run_merge(MergeConfiguration.model_validate(document), str(out), options)
-    return {n: t for f in sorted(out.glob("*.safetensors")) for n, t in load_file(f).items()}
-
-
-def check(got: torch.Tensor, want: torch.Tensor, *inputs: torch.Tensor, name: str, steps: int) -> None:
-    """Within `steps` of the dtype, at the size of the largest value that went in: where inputs cancel, last digits of
-    float32 remain, and these are not the same with and without fused multiply-add."""
-    assert got.dtype == want.dtype and got.shape == want.shape, name
-    if not steps:
-        assert torch.equal(got, want), name
-        return
-    large = torch.stack([t.float().abs() for t in (want, *inputs) if t.shape == want.shape]).amax(0)
-    large = large if inputs else large.amax().expand_as(large)
-    bits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 22}[got.dtype]
-    step = torch.exp2(torch.floor(torch.log2(large.clamp_min(1e-30))) - bits)
-    assert float(((got.float() - want.float()).abs() / step).max()) <= steps, name
 
 
 def weighted(method: str, weights: tuple[Any, Any], **more: Any) -> dict[str, Any]:
@@ -247,3 +215,40 @@ def test_settings_are_read_as_mergekit_reads_them(setting: Any, t: float, name: 
     other = [ConditionalParameter(**c) for c in setting] if conditional else setting
     validate: Callable[[Any], float] = float
     assert evaluate(setting, name, t, validate) == evaluate_setting(name, other, t, validate=validate)
+
+
+def union(models: Path, **more: Any) -> dict[str, Any]:
+    return placed(weighted("linear", (0.7, 0.3), **({"tokenizer_source": "union"} | more)), models)
+
+
+def test_a_union_of_vocabularies_is_the_same_every_time(models: Path, tmp_path: Path) -> None:
+    files = []
+    for name in "xyz":
+        ours(union(models), tmp_path, tmp_path / name)
+        files.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.name != "surgery.json"})
+    assert files[0] == files[1] == files[2]  # mergekit numbers new tokens anew in each run
+
+
+def test_rows_of_tokens_are_where_the_document_says(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = {"source": "base", "tokens": {"<|new|>": {"source": {"kind": "zero"}}}}
+    options = {"base_model": "A", "tokenizer_source": None, "tokenizer": base}
+    got = ours(union(models, **options), tmp_path, tmp_path / "zero")  # mergekit 0.1.5 stops at a KeyError here
+    assert got["lm_head.weight"].shape[0] == 41 and not got["lm_head.weight"][40].any()
+    assert capfd.readouterr().err == ""
+    for source, says in (({"token": "zzz"}, "'zzz'"), ({"token_id": 4000}, "number 4000")):
+        row = {"kind": "model_token", "model": "B", **source}
+        wrong = options | {"tokenizer": {"source": "base", "tokens": {"w4": {"source": row, "force": True}}}}
+        with pytest.raises(UsageError, match=f"does not have: {says}"):
+            ours(union(models, **wrong), tmp_path, tmp_path / "wrong")
+
+
+def test_tokens_that_no_model_has_are_said_once(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.yml").write_text(yaml.safe_dump(union(models, tokenizer_source=str(models / "base"))))
+    (step,) = parse_mergekit((tmp_path / "x.yml").read_text(), tmp_path / "x.yml").steps
+    from surgery.graph.op import PlanContext
+    from surgery.ops.merge import Merge
+
+    plan = Merge(**step.params).plan(PlanContext(), *map(surgery.open, step.sources))
+    assert [w for w in plan.warnings if "10 tokens" in w and "base30" in w] == list(plan.warnings)

@@ -70,6 +70,13 @@ def test_an_adapter_is_a_source_of_its_own() -> None:
     assert recipe.steps[0].sources == ("m", "lora") and config_of(recipe)["models"][0]["model"] == [0, 1]
 
 
+def test_what_mergekit_reads_and_passes_over_is_read() -> None:
+    text = LINEAR.replace("weight: 0.9", "weight: []")
+    assert config_of(parse(text))["models"][0] == {"model": 0, "parameters": {"weight": []}}
+    text = LINEAR.replace("model: ./vlm", "model: {model: {path: ./vlm, revision: v1}, override_architecture: X}")
+    assert parse(text).steps[0].sources[0] == "./vlm@v1"
+
+
 def test_documents_name_one_another() -> None:
     recipe = parse(
         """
@@ -103,6 +110,11 @@ def test_a_recipe_file_may_be_mergekits(tmp_path: Path) -> None:
         (LINEAR + "---\n" + LINEAR, "two documents have no name"),
         (LINEAR.replace("model: ./vlm", "model: 3"), "merge.yml:4: a model is a path"),
         (LINEAR + "surgery: {layer: 1}\n", "unknown key 'layer'"),
+        (LINEAR.replace("weight: 0.9", "weight: .nan"), "merge.yml:4: weight is nan"),
+        (LINEAR.replace("[0.0, 0.1]", "[0.0, .inf]"), "merge.yml:5: weight is inf"),
+        ("merge_method: linear\nmodels: [a, b]\n", "item 1 of models must map names to values"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: {kind: model_token, model: b}}}}\n", "one of token and token_id"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: {kind: mean}}}}\n", "kind is 'mean'"),
     ],
 )
 def test_a_fault_names_its_line(text: str, says: str) -> None:
