@@ -127,7 +127,7 @@ class AdaptedReader:
         import numpy as np
 
         from surgery.arch.merging.arithmetic import SIZES, Sink, Source
-        from surgery.arch.merging.measure import Window
+        from surgery.arch.merging.measure import Sample
 
         size = SIZES[self.dtype]
         columns = self.shape[1]
@@ -137,7 +137,7 @@ class AdaptedReader:
         flat = np.ascontiguousarray(delta).reshape(-1)[first - top * columns :][:count]
         stored = Sink(self.dtype, self.name, count).encode(flat.copy(), 0)
         rounded = Source(_Bytes(self, stored, count), np.float32, count).read(0, count)
-        weights = Source(Window(self._weight, first, count, size), np.float32, count).read(0, count)
+        weights = Source(Sample(self._weight, [(first, count)], size), np.float32, count).read(0, count)
         view[:] = Sink(self.dtype, self.name, count).encode(weights + rounded, 0)
 
 

@@ -1,8 +1,8 @@
 """How much of a merge arrives: sampled, before anything is written.
 
-A merge that adds a tenth of a small difference changes few of the values that bfloat16 can hold. Of each tensor up to
-four stretches of 8192 elements are merged as they will be; tensors of up to that many in all are measured whole. Sums
-are float64. Methods that look at a whole tensor (slerp's angle, TIES' threshold) see the stretch instead.
+A merge that adds a tenth of a small difference changes few of the values that bfloat16 can hold. Of each tensor four
+stretches of 8192 elements, laid end to end, are merged as they will be; tensors of up to that many in all are measured
+whole. Sums are float64. Methods that look at a whole tensor (slerp's angle, TIES' threshold) see the sample instead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +21,21 @@ WINDOWS = 4
 LITTLE = 0.8  # effective transfer below which a merge is warned of
 
 
-class Window:
-    """A stretch of another reader's tensor as a flat tensor of its own."""
+class Sample:
+    """Stretches of another reader's tensor, end to end, as a flat tensor of their own."""
 
-    def __init__(self, reader: Reader, start: int, count: int, size: int) -> None:
-        self.name, self.dtype, self.shape = reader.name, reader.dtype, (count,)
-        self._reader, self._start = reader, start * size
+    def __init__(self, reader: Reader, stretches: Sequence[tuple[int, int]], size: int) -> None:
+        self.name, self.dtype, self.shape = reader.name, reader.dtype, (sum(count for _, count in stretches),)
+        self._reader = reader
+        self._stretches = [(start * size, count * size) for start, count in stretches]
 
     def into(self, view: memoryview, start: int) -> None:
-        self._reader.into(view, self._start + start)
+        for first, count in self._stretches:
+            if start < count and len(view):
+                part = view[: count - start]
+                self._reader.into(part, first + start)
+                view, start = view[len(part) :], start + len(part)
+            start -= count
 
 
 @dataclass
@@ -92,13 +98,15 @@ def measure_tensor(
     dither: Bits | None = None,
 ) -> None:
     """Add one tensor; `pair` says which readers are host and donor, `dither` are the bits of stochastic rounding."""
-    total = elements(readers[0].shape)
     sums.tensors += 1
-    for start, count in windows(total):
-        views = [Window(r, start, count, SIZES[r.dtype]) for r in readers]
-        h, d = (Source(views[i], np.float64, count).read(0, count).copy() for i in pair)
-        merged = np.asarray(merge(views, count), np.float64).copy()
-        sums.add(h, d, merged, _stored(merged, dtype, name, dither))
+    stretches = list(windows(elements(readers[0].shape)))
+    count = sum(c for _, c in stretches)
+    if not count:
+        return
+    views = [Sample(r, stretches, SIZES[r.dtype]) for r in readers]
+    h, d = (Source(views[i], np.float64, count).read(0, count).copy() for i in pair)
+    merged = np.asarray(merge(views, count), np.float64).copy()
+    sums.add(h, d, merged, _stored(merged, dtype, name, dither))
 
 
 def by_formula(formula: Formula, seed: int) -> Merge:
