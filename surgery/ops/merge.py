@@ -23,6 +23,7 @@ _WITH_CONFIG = ("config", "arithmetic", "strict", "force")  # all else a documen
 _WORDS = {
     "vocab": ("host", "overlap", "by-token"),
     "rounding": ("nearest", "stochastic"),
+    "numerics": ("exact", "fast"),
     "compat": ("none", "paper"),
     "arithmetic": ("auto", "stream", "kernels", "mergekit"),
 }
@@ -64,6 +65,8 @@ class Merge:
     rounding: Annotated[str, Param("nearest, or stochastic: unbiased where bfloat16 swallows small changes.")] = (
         "nearest"
     )
+    numerics: Annotated[str, Param("exact, or fast: torch.lerp in linear merges, whose last digits differ from one "
+                                   "processor to another.")] = "exact"  # fmt: skip
     compat: Annotated[str, Param("paper: the reference code's TIES and its DARE, which does not rescale.")] = "none"
     arithmetic: Annotated[str, Param("auto, stream (ours, in pieces), kernels (mergekit's, a tensor at a time), "
                                      "mergekit (its whole run, of a --config).")] = "auto"  # fmt: skip
@@ -104,6 +107,17 @@ class Merge:
             value = getattr(self, option)
             if value not in known:
                 raise UsageError(option, f"--{option} {printable(value)}: unknown", hint=closest(value, list(known)))
+        if self.numerics == "fast" and (self.method not in ("linear", "swap") or self.rounding != "nearest"):
+            raise UsageError(
+                "numerics",
+                "--numerics fast is of linear merges that round to the nearest",
+                hint="leave it out; other methods have one way",
+            )
+
+    @property
+    def with_torch(self) -> bool:
+        """Whether `stream` computes with torch, not with numpy alone."""
+        return self.numerics == "fast"
 
     @property
     def trainer(self) -> str | None:

@@ -14,7 +14,6 @@ from typing import Protocol
 from surgery.errors import CheckpointError
 from surgery.store.checkpoint import Checkpoint, TensorRef
 
-
 _WINDOW = 4 << 20  # bytes of a file that are mapped at a time
 _POPULATE_READ = 22  # Linux' MADV_POPULATE_READ
 
@@ -71,7 +70,10 @@ class FileReader:
         first -= first % mmap.ALLOCATIONGRANULARITY
         last = min(self._ref.offset + max(start + count, start + _WINDOW), self._ref.offset + self._ref.nbytes)
         try:
-            window = mmap.mmap(self._fd, last - first, prot=mmap.PROT_READ, offset=first)
+            # Private, so that libraries which want a buffer to be writable take it; nothing is written.
+            window = mmap.mmap(
+                self._fd, last - first, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=first
+            )
             # A page that cannot be read is an error here; touching it would be a signal, which ends the process.
             window.madvise(_POPULATE_READ)
         except (OSError, ValueError):

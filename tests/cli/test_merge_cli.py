@@ -57,6 +57,20 @@ def test_layers_include_both_ends_and_nothing_else_changes(pair: Pair, command: 
     assert command("replay", "out", "--to", "again").code == 0
 
 
+def test_fast_numbers_are_a_choice_that_the_record_names(pair: Pair, command: Command, tmp_path: Path) -> None:
+    for number, name in ((1, "fast"), (2, "fast-again")):
+        ended = command(
+            "merge", pair.host, pair.donor, "--numerics", "fast", "--workers", number, "-q", "-o", name
+        )  # fmt: skip
+        assert ended.code == 0
+    assert not changed(tmp_path / "fast", tmp_path / "fast-again")
+    assert changed(pair.host, tmp_path / "fast")
+    (step,) = json.loads((tmp_path / "fast" / "surgery.json").read_text())["steps"]
+    assert step["params"]["numerics"] == "fast"
+    ended = command("merge", pair.host, pair.donor, "--numerics", "fast", "--rounding", "stochastic", "-o", "no")
+    assert ended.code == 2 and "--numerics fast" in ended.stderr and not (tmp_path / "no").exists()
+
+
 def test_all_of_the_host_is_equal_to_it(pair: Pair, command: Command) -> None:
     assert command("merge", pair.host, pair.donor, "--alpha", "1", "-o", "out").code == 0
     ended = command("diff", pair.host, "out")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from surgery.arch.merging.arithmetic import PIECE, Array, Bits, Sink, Source, working_dtype
+from surgery.arch.merging.lerp import lerped, lerps
 from surgery.arch.merging.packed import weighted_sums
 from surgery.store.reader import Reader
 
@@ -26,7 +27,8 @@ ROUNDING = 1 << 32  # the stream of random bits that rounding uses; masks use 0,
 @dataclass(frozen=True)
 class Formula:
     """One tensor's merge. `weights` are per input without the base, which comes last among the readers of methods that
-    have one. `normalize` divides by the weights that count; `scale` multiplies the summed task vector."""
+    have one. `normalize` divides by the weights that count; `scale` multiplies the summed task vector. `numerics`
+    "fast" leaves linear merges to `torch.lerp` where it can."""
 
     method: str
     weights: tuple[float, ...]
@@ -35,6 +37,7 @@ class Formula:
     scale: float = 1.0
     compat: str = "none"
     rounding: str = "nearest"
+    numerics: str = "exact"
 
     @property
     def has_base(self) -> bool:
@@ -47,6 +50,9 @@ Merger = Callable[[int, int], Array]
 def stream(formula: Formula, readers: Sequence[Reader], dtype: str, name: str, seed: int) -> Iterator[memoryview]:
     """The merged tensor's bytes as `dtype`, in pieces that are valid until the next one."""
     total = elements(readers[0].shape)
+    if formula.numerics == "fast" and lerps(formula.weights, readers, dtype):
+        yield from lerped(formula.weights[1], readers, dtype, total, PIECE)
+        return
     dither = Bits(seed, ROUNDING) if formula.rounding == "stochastic" else None
     sink = Sink(dtype, name, min(PIECE, max(total, 1)), dither=dither)
     make = merger(formula, readers, seed)

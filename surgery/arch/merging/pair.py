@@ -44,6 +44,7 @@ class Request:
     vocab: str = "host"
     dtype: str | None = None
     rounding: str = "nearest"
+    numerics: str = "exact"
     compat: str = "none"
     arithmetic: str = "auto"
     param: tuple[str, ...] = ()
@@ -198,6 +199,7 @@ class _Method:
                     normalize=ties if self.name in WITH_BASE else request.alpha2 is not None,
                     compat=request.compat,
                     rounding=request.rounding,
+                    numerics=request.numerics,
                 ),
                 rows=rows,
             )

@@ -313,11 +313,13 @@ def peak_of(source: Source) -> int:
 
 def uses_torch(job: Job) -> bool:
     """Whether carrying the job out needs torch: a streamed tensor that is read from files is bytes to its operation,
-    which may do with less."""
+    which does with less unless it says so (`op.with_torch`)."""
     if not isinstance(job, Unit):
         return False
     source = job.source
-    return not (isinstance(source, Made) and source.task.streamed and all(map(_is_range, source.inputs)))
+    if not (isinstance(source, Made) and source.task.streamed and all(map(_is_range, source.inputs))):
+        return True
+    return bool(getattr(source.op, "with_torch", False))
 
 
 def load_torch() -> None:
