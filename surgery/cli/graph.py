@@ -11,6 +11,7 @@ from surgery.cli import output
 from surgery.cli.operation import open_source
 from surgery.errors import CheckpointError, Mismatch, printable
 from surgery.store.checkpoint import Checkpoint
+from surgery.store.record import undigested
 
 Source = Annotated[
     str, typer.Argument(metavar="CKPT", help="Folder, file, alias, hub id, or - for a path on standard input.")
@@ -46,6 +47,7 @@ def inspect(
     facts["oddities"] = oddities
     lineage = checkpoint.lineage
     facts["made_by"] = lineage["steps"][-1]["op"] if lineage else None
+    facts["undigested"] = len(undigested(lineage)) if lineage else None
     if tensors:
         facts["rows"] = [{"name": n, "dtype": r.dtype, "shape": list(r.shape)} for n, r in checkpoint.tensors.items()]
     if as_json:
@@ -53,6 +55,7 @@ def inspect(
         return
     output.data(f"{checkpoint.name}  {checkpoint.path}")
     made = f"   made by surgery {printable(facts['made_by'])}" if lineage else ""
+    made += f"; its record has no digest of {facts['undigested']:,} tensors" if facts["undigested"] else ""
     output.data(f"layout      {facts['layout']}{made}")
     output.data(f"digest      {facts['digest']}")
     output.data(f"parameters  {facts['parameters']:,}")
@@ -124,12 +127,17 @@ def verify(source: Source, as_json: AsJson = False, offline: Offline = False) ->
 
     checkpoint = open_source(source, offline=offline)
     faults = check(checkpoint)
+    total, missing = len(checkpoint.tensors), len(undigested(checkpoint.lineage or {"tensors": {}}))
     if as_json:
-        output.data_json(
-            {"path": str(checkpoint.path), "ok": not faults, "faults": faults, "tensors": len(checkpoint.tensors)}
+        rows = {"path": str(checkpoint.path), "ok": not faults, "faults": faults}
+        output.data_json(rows | {"tensors": total, "undigested": missing})
+    elif not faults and missing:
+        output.data(
+            f"ok  {checkpoint.path}  {total - missing:,} of {total:,} tensors and every file match the record; "
+            f"{missing:,} tensors have no digest there (--hash header): only their names, dtypes, shapes and sizes do"
         )
     elif not faults:
-        output.data(f"ok  {checkpoint.path}  {len(checkpoint.tensors):,} tensors and every file match the record")
+        output.data(f"ok  {checkpoint.path}  {total:,} tensors and every file match the record")
     else:
         for fault in faults:
             output.data(fault)
@@ -177,6 +185,8 @@ def _tree(record: Mapping[str, Any], ancestors: dict[str, Any], tensors: bool, i
     else:
         made = f"{record['created']}  torch {record['environment'].get('torch')}"
         lines.append(f"{inner}digest {record['digest'][:23]}…  {made}")
+    if missing := undigested(record):
+        lines.append(f"{inner}{len(missing):,} of {len(record['tensors']):,} tensors were never digested")
     for name, value in step.get("training", {}).items():
         if not isinstance(value, list | dict):
             lines.append(f"{inner}{name}: {value}")

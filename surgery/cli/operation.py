@@ -29,9 +29,15 @@ from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import Checkpoint, Part, TensorRef
 from surgery.store.names import known_aliases, open_named
+from surgery.store.record import undigested
 
 _UNMADE = "arch:"  # in front of the name of an architecture: its shape alone, for --dry-run
 
+HASH = typer.Option(
+    "--hash",
+    metavar="full|header",
+    help="header: hash nothing for the record alone. Much cheaper; what has no digest cannot be verified.",
+)
 _COMMON: dict[str, tuple[Any, Any]] = {
     "out": (
         Path | None,
@@ -65,6 +71,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
             help="Files that stay whole: copied (shared where the disk can), or hard links.",
         ),
     ),
+    "hash": (str, HASH),
     "engine": (
         str,
         typer.Option("--engine", metavar="local|ray", help="Where tensors are made: here, or on a Ray cluster."),
@@ -87,6 +94,7 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "shard_size": None,
     "max_memory": None,
     "link": "copy",
+    "hash": "full",
     "engine": "local",
     "dry_run": False,
     "emit_recipe": False,
@@ -198,6 +206,8 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     check_parents(kind, len(sources))
     if common["emit_recipe"]:
         output.data(_as_recipe(op, sources, common))
+        if common["hash"] != "full":
+            output.note("--hash is said to surgery run: a recipe does not hold it")
         return
     options = run_options(common)
     check_device(options.device)
@@ -242,6 +252,7 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     if result.reused:
         output.note(f"resumed: {result.reused} tensors were reused")
     note_alone(result)
+    note_undigested(result)
     last = result.record["steps"][-1]
     training = {**last.get("training", {}), **result.record.get("measured", {})}
     for line in getattr(op, "summary", lambda t: [])(training) if training else []:
@@ -254,6 +265,7 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         record = result.record
         step = record["steps"][-1]
         rows = {"path": str(result.path), "digest": record["digest"], "record": record["record"], "key": step["key"]}
+        rows |= {"undigested": len(undigested(record))}
         rows |= {"found": result.found, "reused": result.reused, "training": step.get("training", {})}
         rows |= {"measured": measured}
         if planned and planned[0].report and hasattr(op, "announce"):
@@ -312,8 +324,7 @@ def _notice(plan: Plan) -> None:
 def run_options(common: Mapping[str, Any]) -> RunOptions:
     """The run options of a command line, checked."""
     extra = {"workers": common["workers"]} if common["workers"] else {}
-    if common["link"] not in ("copy", "hard"):
-        raise UsageError("bad-option", f"--link {common['link']}: unknown", hint="copy or hard")
+    check_words(common["link"], common["hash"])
     return RunOptions(
         seed=common["seed"],
         device=common["device"],
@@ -321,12 +332,27 @@ def run_options(common: Mapping[str, Any]) -> RunOptions:
         shard_size=parse_size(common["shard_size"]) if common["shard_size"] is not None else None,
         max_memory=parse_size(common["max_memory"]) if common["max_memory"] is not None else None,
         link=common["link"],
+        hash=common["hash"],
         engine=common["engine"],
         resume=common["resume"],
         overwrite=common["overwrite"],
         offline=common["offline"],
         **extra,
     )
+
+
+def check_words(link: str, hash_: str) -> None:
+    """Refuse words that --link and --hash do not know."""
+    for option, word, known in (("link", link, ("copy", "hard")), ("hash", hash_, ("full", "header"))):
+        if word not in known:
+            raise UsageError("bad-option", f"--{option} {printable(word)}: unknown", hint=" or ".join(known))
+
+
+def note_undigested(result: RunResult) -> None:
+    """Say what the record does not: that some tensors were never digested."""
+    if missing := undigested(result.record):
+        total = len(result.record["tensors"])
+        output.note(f"{len(missing):,} of {total:,} tensors have no digest (--hash header): verify cannot check them")
 
 
 def open_source(source: str, *, offline: bool = False, key: str | None = None) -> Checkpoint:

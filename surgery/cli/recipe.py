@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.cli import output
-from surgery.cli.operation import note_alone, open_source
-from surgery.errors import UsageError
+from surgery.cli.operation import HASH, check_words, note_alone, note_undigested, open_source
 from surgery.graph.run import RunOptions, RunResult, check_device
 from surgery.graph.shards import parse_size
 from surgery.steps import load_step
 from surgery.store.layout import REPORT_FILE, read_json
+from surgery.store.record import undigested
 
 if TYPE_CHECKING:
     from surgery.graph.op import Plan
@@ -35,6 +35,7 @@ Memory = Annotated[
     str | None,
     typer.Option("--max-memory", metavar="SIZE", help="Memory of the whole process [default: 60 % of what is free]."),
 ]
+Hash = Annotated[str, HASH]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that surgery made.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -54,6 +55,7 @@ def run(
         str,
         typer.Option("--link", metavar="copy|hard", help="How an equal result becomes an output."),
     ] = "copy",
+    hash_: Hash = "full",
     engine: Annotated[
         str,
         typer.Option(
@@ -85,7 +87,16 @@ def run(
 
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     options = _options(
-        device, threads, workers, max_memory, overwrite, offline, resume=resume, link=link, engine=engine
+        device,
+        threads,
+        workers,
+        max_memory,
+        overwrite,
+        offline,
+        resume=resume,
+        link=link,
+        hash_=hash_,
+        engine=engine,
     )
     read = read_recipe(recipe, changes=set_ or ())
     if dry_run:
@@ -119,12 +130,14 @@ def run_and_report(recipe: "Recipe", out: Path | None, options: RunOptions, *, a
         if result.taken:
             output.note(f"{name}: {result.taken:,} computed tensors were taken from earlier results")
         note_alone(result)
+        note_undigested(result)
     if as_json:
         output.data_json(
             {
                 n: {
                     "path": str(r.path),
                     "digest": r.record["digest"],
+                    "undigested": len(undigested(r.record)),
                     "found": r.found,
                     "source": str(r.source) if r.source else None,
                     "reused": r.reused,
@@ -153,6 +166,7 @@ def plan(
     device: Device = "cpu",
     workers: Workers = 0,
     max_memory: Memory = None,
+    hash_: Hash = "full",
     overwrite: Overwrite = False,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -175,7 +189,7 @@ def plan(
     from surgery.graph.recipes.recipe import read_recipe
 
     output.Talk.quiet = quiet
-    options = _options(device, threads, workers, max_memory, overwrite, offline)
+    options = _options(device, threads, workers, max_memory, overwrite, offline, hash_=hash_)
     read = [(read_recipe(path, changes=set_ or ()), out) for path in recipes]
     print_plans(read, options, as_json=as_json, dot=dot, svg=svg)
 
@@ -202,11 +216,11 @@ def _options(
     *,
     resume: bool = False,
     link: str = "copy",
+    hash_: str = "full",
     engine: str = "local",
 ) -> RunOptions:
     check_device(device)
-    if link not in ("copy", "hard"):
-        raise UsageError("bad-option", f"--link {link}: unknown", hint="copy or hard")
+    check_words(link, hash_)
     extra = {"workers": workers} if workers else {}
     return RunOptions(
         device=device,
@@ -216,6 +230,7 @@ def _options(
         resume=resume,
         offline=offline,
         link=link,
+        hash=hash_,
         engine=engine,
         **extra,
     )

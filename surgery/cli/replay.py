@@ -57,7 +57,12 @@ def replay(
             f"{found.result.path}: {differing} are not as {checkpoint.name} records them: {'; '.join(found.reasons)}",
             hint=f"surgery diff {checkpoint.name} {found.result.path} says by how much",
         )
-    output.note(f"the same: {len(found.result.record['tensors']):,} tensors and every side file are as recorded")
+    unsure = f" ({found.undigested:,} of them, never digested, as they lie there)" if found.undigested else ""
+    output.note(
+        f"the same: {len(found.result.record['tensors']):,} tensors and every side file are as recorded{unsure}"
+    )
+    for name in found.assumed:
+        output.note(f"parent {printable(name)} was never digested: that it is the one of then is your word")
 
 
 def _given(texts: list[str]) -> dict[str, str]:
@@ -74,7 +79,8 @@ def _show(found: Replayed, *, as_json: bool) -> None:
     if as_json:
         record = found.result.record
         rows = {"path": str(found.result.path), "equal": found.equal, "digest": record["digest"]}
-        counts = {"tensors": len(record["tensors"]), "differing": list(found.tensors), "files": list(found.files)}
+        counts = {"tensors": len(record["tensors"]), "undigested": found.undigested, "assumed": list(found.assumed)}
+        counts |= {"differing": list(found.tensors), "files": list(found.files)}
         output.data_json(rows | counts | {"reasons": list(found.reasons)})
         return
     output.data(str(found.result.path))

@@ -15,9 +15,9 @@ from surgery.errors import CheckpointError, UsageError, printable
 from surgery.graph.op import Bytes, Compute, Given, Keep, Plan, Trained
 from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint, content_digest
-from surgery.store.header import read_header
+from surgery.store.header import header_digest
 from surgery.store.layout import LINEAGE_FILE, REPORT_FILE
-from surgery.store.record import record_digest
+from surgery.store.record import is_unhashed, record_digest, undigested
 
 _quoted = json.encoder.encode_basestring
 _NUMBER = r"(?<=\.)[0-9]{1,9}(?=\.)"  # the index of a block inside a tensor's name
@@ -34,9 +34,11 @@ def node_key(
     device: str,
     torch: str,
     plugin: str | None = None,
+    hashing: bool = True,
 ) -> str:
     """The identity of a node: equal keys mean equal results. `inputs` are digests of data read beside the parents;
-    `device` is a class ("cpu", "cuda"), `torch` major.minor, `plugin` the distribution that brings the operation."""
+    `device` is a class ("cpu", "cuda"), `torch` major.minor, `plugin` the distribution that brings the operation.
+    Without `hashing`, a parent whose digests are not known is the files that it lies in."""
     return digests.canonical_digest(
         ({"plugin": plugin} if plugin else {})
         | {
@@ -47,7 +49,7 @@ def node_key(
             "seed": seed,
             "device": device,
             "torch": torch,
-            "parents": [p.identity() for p in parents],
+            "parents": [p.identity(hashing=hashing) for p in parents],
         }
     )
 
@@ -67,10 +69,12 @@ def make_record(
     training: Mapping[str, Any],
     plugin: str | None = None,
     measured: Mapping[str, Any] | None = None,
+    hashing: bool = True,
 ) -> dict[str, Any]:
     """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256; None: one that
     is only a step of a chain and never written, which its key stands for. `measured` is left out of the record's
-    digest: sums of floats differ in their last digits from one processor to another."""
+    digest: sums of floats differ in their last digits from one processor to another. A run without `hashing` leaves
+    tensors and parents without digests, and the record says how many and which."""
     names = _parent_names(parents)
     edits = [plain(edit) for edit in plan.config_edits]
     ancestors: dict[str, Any] = {}
@@ -82,7 +86,8 @@ def make_record(
     rows: dict[str, dict[str, Any]] = {}
     if tensors is not None:
         rows = {
-            e.full_name: {"sha256": tensors[e.full_name], "dtype": e.dtype, "shape": list(e.shape)}
+            e.full_name: ({"sha256": sha} if (sha := tensors.get(e.full_name)) is not None else {})
+            | {"dtype": e.dtype, "shape": list(e.shape)}
             for e in plan.entries
         }
     step = {
@@ -99,11 +104,11 @@ def make_record(
         step["training"] = plain(training)
     record: dict[str, Any] = {
         "surgery": 1,
-        "digest": _digest_of(rows, files) if tensors is not None else f"derived:{key}",
+        "digest": _digest_of(rows, files, key) if tensors is not None else f"derived:{key}",
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if tensors is not None else "",
         "output": {"files": files},
         "steps": [step],
-        "parents": {n: _parent(p) for n, p in zip(names, parents, strict=True)},
+        "parents": {n: _parent(p, hashing) for n, p in zip(names, parents, strict=True)},
         "changes": _changes(plan, names),
         "dropped": list(plan.dropped),
         "config_edits": edits,
@@ -111,6 +116,9 @@ def make_record(
         "environment": dict(environment),
         "ancestors": ancestors,
     }
+    if (count := len(undigested(record))) or any(is_unhashed(row["digest"]) for row in record["parents"].values()):
+        unknown = [n for n, row in record["parents"].items() if is_unhashed(row["digest"])]
+        record["undigested"] = {"tensors": count, "parents": unknown}
     if measured:
         record["measured"] = plain(measured)
     record["record"] = record_digest(record)
@@ -144,6 +152,7 @@ def _row(row: Mapping[str, Any]) -> str:
 
 def verify(checkpoint: Checkpoint) -> list[str]:
     """Check a produced checkpoint against its record, reading every byte; the list of faults is empty when it holds.
+    Of tensors without a digest (`undigested`), names, dtypes and shapes are checked, and the sizes of their files.
 
     Raises `CheckpointError` when there is no record to check against.
     """
@@ -159,7 +168,8 @@ def verify(checkpoint: Checkpoint) -> list[str]:
             "part", f"{checkpoint.name}: the record is that of the whole pipeline", hint="verify the pipeline's folder"
         )
     faults = []
-    content = _digest_of(record["tensors"], record["output"]["files"])
+    key = record["steps"][-1]["key"].removeprefix("sha256:")
+    content = _digest_of(record["tensors"], record["output"]["files"], key)
     if record["record"] != record_digest(record) or record["digest"] != content:
         faults.append(f"{LINEAGE_FILE}: the record was altered")
     root = checkpoint.root
@@ -187,26 +197,20 @@ def verify(checkpoint: Checkpoint) -> list[str]:
             faults.append(
                 f"tensor {printable(name)}: {ref.dtype}{list(ref.shape)}, recorded {row['dtype']}{row['shape']}"
             )
-        elif checkpoint.hash_tensor(ref) != row["sha256"]:
+        elif "sha256" in row and checkpoint.hash_tensor(ref) != row["sha256"]:
             faults.append(f"tensor {printable(name)}: altered")
     faults += [f"tensor {printable(n)}: missing" for n in recorded if n not in checkpoint.tensors]
     return faults
 
 
-def _digest_of(rows: Mapping[str, Mapping[str, Any]], files: list[dict[str, Any]]) -> str:
-    """The digest of the content; of an evaluation's report, that of its files."""
+def _digest_of(rows: Mapping[str, Mapping[str, Any]], files: list[dict[str, Any]], key: str) -> str:
+    """The digest of the content; of an evaluation's report, that of its files. Where a tensor has none there is no
+    digest, and the work stands for it."""
+    if any("sha256" not in row for row in rows.values()):
+        return f"unhashed:{key}"
     if not rows and any(row["path"] == REPORT_FILE for row in files):
         return "sha256:" + digests.canonical_digest(sorted([row["path"], row["sha256"]] for row in files))
     return "sha256:" + content_digest((n, r["dtype"], r["shape"], r["sha256"]) for n, r in rows.items())
-
-
-def header_digest(path: Path) -> str:
-    """sha256 of a safetensors file's header bytes; with the tensors' digests it covers the whole file."""
-    from hashlib import sha256
-
-    start = read_header(path).data_start
-    with open(path, "rb") as handle:
-        return sha256(handle.read(start)).hexdigest()
 
 
 def _parent_names(parents: list[Checkpoint]) -> list[str]:
@@ -223,10 +227,10 @@ def _parent_names(parents: list[Checkpoint]) -> list[str]:
     return names
 
 
-def _parent(parent: Checkpoint) -> dict[str, Any]:
+def _parent(parent: Checkpoint, hashing: bool) -> dict[str, Any]:
     lineage = parent.lineage
     return {
-        "digest": parent.digest_text,
+        **parent.parent_row(hashing=hashing),
         "config": f"sha256:{parent.config_digest()}",
         "part": parent.selected,
         "source": parent.name,  # as it was typed: where `surgery replay` looks first

@@ -87,7 +87,7 @@ def lineage_picture(name: str, record: Mapping[str, Any]) -> Picture:
             continue
         step = own["steps"][-1]
         params = ", ".join(f"{k}={_short(v)}" for k, v in step["params"].items() if v not in (None, "", [], False))
-        digest = own["digest"] if own["digest"].startswith("sha256:") else "never written"
+        digest = "never written" if own["digest"].startswith("derived:") else own["digest"]
         boxes[key] = Box(
             key, title, tuple(filter(None, (f"{step['op']} v{step['version']}", params, digest[:19]))), "made"
         )

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """How a planned checkpoint would come to be; `key` names the work."""
+    """How a planned checkpoint would come to be; `key` names the work. `hashing`: whether its parents are digested."""
 
     op: Op
     plan: Plan
     parents: tuple[Checkpoint, ...]
     seed: int
     key: str
+    hashing: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Planned(Checkpoint):
         assert self.made is not None
         return self.made
 
-    def identity(self) -> dict[str, str]:
+    def identity(self, *, hashing: bool = True) -> dict[str, str]:
         """The work that makes it stands for its content, which nobody has seen."""
         if self.known is not None:
             return {"digest": self.known.digest, "config": self.known.config}
@@ -69,6 +70,10 @@ class Planned(Checkpoint):
     def digest_text(self) -> str:
         """As in a record: derived:<key>."""
         return f"derived:{self.step.key}"
+
+    def parent_row(self, *, hashing: bool = True) -> dict[str, Any]:
+        """As a record says it."""
+        return {"digest": self.digest_text}
 
     @cached_property
     def tensor_digests(self) -> dict[str, str]:
@@ -91,6 +96,7 @@ class Planned(Checkpoint):
             files=[],
             environment={},  # that of the result, which the records of its steps are part of and hashed with
             training={},
+            hashing=step.hashing,
         )
 
 

@@ -27,19 +27,23 @@ from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.digests import cache_folder
 from surgery.store.layout import LINEAGE_FILE
 from surgery.store.names import open_named
-from surgery.store.record import record_digest
+from surgery.store.record import is_unhashed, record_digest, undigested
 
 _LEVELS = 4  # folders above the output in which a relative name is tried: where the command may have been typed
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """The result, and what is not as recorded: tensors by full name, files by path, and `reasons` that may explain."""
+    """The result, and what is not as recorded: tensors by full name, files by path, and `reasons` that may explain.
+    Of `undigested` tensors the record has no digest: they were compared with those that lie there now. `assumed` are
+    parents that were never digested and that the user says are those of then."""
 
     result: RunResult
     tensors: tuple[str, ...]
     files: tuple[str, ...]
     reasons: tuple[str, ...]
+    undigested: int = 0
+    assumed: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -104,7 +108,8 @@ def replay(
             reuse=False,
             folder=Path(folder),
         )
-        return _compared(record, result, op)
+        found = _compared(record, result, op, lying=checkpoint)
+    return replace(found, assumed=tuple(n for n in options.parents if is_unhashed(record["parents"][n]["digest"])))
 
 
 def _rebuild(
@@ -193,7 +198,7 @@ def _find_parent(
     changed: list[str] = []
     if name in options.parents:
         found = open_named(options.parents[name], offline=offline)
-        if fault := _fault(found, row):
+        if fault := _fault(found, row, named=True):
             raise CheckpointError(
                 "changed-parent",
                 f"parent '{printable(name)}': {found.name} {fault}",
@@ -220,8 +225,11 @@ def _find_parent(
             inner, target, home, load_op, options=lone, report=report, notice=notice, reuse=True, folder=folder
         )
         found = open_checkpoint(result.path, name=str(row.get("source") or name))
-        if fault := _fault(found, row):
-            reasons = "; ".join(_compared(own, result, op).reasons)
+        again = _compared(own, result, op)
+        # What was never digested cannot be compared: the same work on the same parents has to do.
+        fault = _fault(found, row) if not is_unhashed(row["digest"]) or again.tensors else None
+        if fault is not None:
+            reasons = "; ".join(again.reasons)
             raise CheckpointError(
                 "changed-parent",
                 f"parent '{printable(name)}' was rebuilt and {fault}: {reasons}",
@@ -257,9 +265,15 @@ def _places(row: Mapping[str, Any], name: str, home: Path, own: Mapping[str, Any
         yield f"hub:{row['name']}@{row['commit']}{part}", True
 
 
-def _fault(found: Checkpoint, row: Mapping[str, Any]) -> str | None:
-    """Why `found` is not the recorded parent."""
-    if f"sha256:{found.digest}" != row["digest"]:
+def _fault(found: Checkpoint, row: Mapping[str, Any], *, named: bool = False) -> str | None:
+    """Why `found` is not the recorded parent. One that was never digested is known by its very files, untouched since;
+    where the user names it, equal headers and sizes will do."""
+    if is_unhashed(row["digest"]):
+        if [dict(file) for file in found.unhashed.files] != row.get("files"):
+            return "has other files than it had (headers or sizes differ)"
+        if not named and row["digest"] != f"unhashed:{found.unhashed.where}":
+            return "was never digested and may be another: its files are not those of then, or were written to"
+    elif f"sha256:{found.digest}" != row["digest"]:
         return f"holds other tensors (digest {found.digest[:12]}, recorded {row['digest'][7:19]})"
     if row.get("config") not in (None, f"sha256:{found.config_digest()}"):
         return "has another config than then"
@@ -276,9 +290,16 @@ def _hint(name: str, has_record: bool) -> str:
     return f"say where it is: --parent {printable(name)}=PATH{rebuild}"
 
 
-def _compared(record: Mapping[str, Any], result: RunResult, op: Op) -> Replayed:
-    """What came out otherwise than recorded, and why that may be."""
-    then, now = record["tensors"], result.record["tensors"]
+def _compared(record: Mapping[str, Any], result: RunResult, op: Op, *, lying: Checkpoint | None = None) -> Replayed:
+    """What came out otherwise than recorded, and why that may be. Tensors without a digest are compared with those of
+    the checkpoint `lying` there, if there is one; else by dtype and shape."""
+    then, now = dict(record["tensors"]), dict(result.record["tensors"])
+    missing = undigested(record)
+    for name in missing:
+        if lying is not None and name in lying.tensors:
+            then[name] = {"sha256": lying.tensor_digests[name], **then[name]}
+        elif lying is None and name in now:
+            now[name] = {k: v for k, v in now[name].items() if k != "sha256"}
     tensors = tuple(n for n in dict.fromkeys((*then, *now)) if then.get(n) != now.get(n))
     old, new = (
         {row["path"]: row["sha256"] for row in r["output"]["files"] if "sha256" in row and not _is_index(row["path"])}
@@ -286,7 +307,9 @@ def _compared(record: Mapping[str, Any], result: RunResult, op: Op) -> Replayed:
     )
     files = tuple(sorted(n for n in {*old, *new} if old.get(n) != new.get(n)))
     reasons = tuple(_reasons(record, result.record, op)) if tensors or files else ()
-    return Replayed(result, tensors, files, reasons)
+    if set(tensors) & set(missing):
+        reasons = ("tensors that were never digested may have been altered since", *reasons)
+    return Replayed(result, tensors, files, reasons, len(missing))
 
 
 def _is_index(path: str) -> bool:
@@ -303,7 +326,9 @@ def _reasons(then: Mapping[str, Any], now: Mapping[str, Any], op: Op) -> Iterato
         if key in before and before[key] != after.get(key):
             found = True
             yield f"{key} was {printable(str(before[key]))} then and is {after.get(key)} now"
-    if not found and then["steps"][-1]["key"] != now["steps"][-1]["key"]:
+    records = (then, *then.get("ancestors", {}).values())
+    unhashed = any(is_unhashed(row["digest"]) for record in records for row in record["parents"].values())
+    if not found and not unhashed and then["steps"][-1]["key"] != now["steps"][-1]["key"]:
         found = True
         yield "the data that it reads beside its parents has changed"
     if not found:

@@ -22,7 +22,8 @@ from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
 from surgery.graph.engine.local import Engine
 from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, load_torch, tensor_keys, uses_torch
 from surgery.graph.evaluation import check_no_report
-from surgery.graph.lineage import encode, header_digest, make_record, node_key
+from surgery.graph.known import Known, check_unchanged, identities, known_digests
+from surgery.graph.lineage import encode, make_record, node_key
 from surgery.graph.op import (
     Given,
     Op,
@@ -38,8 +39,9 @@ from surgery.graph.planned import roots
 from surgery.graph.shards import Shard, index_json, plan_shards
 from surgery.store import cache, digests
 from surgery.store.checkpoint import Checkpoint, TensorRef, read_chunks
+from surgery.store.header import header_digest
 from surgery.store.layout import LINEAGE_FILE
-from surgery.store.record import read_record
+from surgery.store.record import read_record, undigested
 from surgery.store.writer import Workspace, check_target, raise_os
 
 Report = Callable[[str, Mapping[str, float]], None]
@@ -60,6 +62,7 @@ class RunOptions:
     shard_size: int | None = None  # bytes; None: kept files stay as they are, new ones follow graph.shards
     max_memory: int | None = None  # bytes of the whole process; None: a share of what is available
     link: str = "copy"  # "hard": files of a parent that stay whole become hard links to it
+    hash: str = "full"  # "header": nothing is hashed for the record alone; see store.unhashed
     engine: str = "local"  # or "ray": see engine.cluster
     resume: bool = False
     overwrite: bool = False
@@ -113,11 +116,12 @@ def run_op(
         check_place(out, roots(parents))  # before the parents are hashed, which can take long
         if not reuse:
             check_target(out, overwrite=options.overwrite)
+    hashing = is_hashing(plan, options)
     key = plan_key(op, plan, parents, options)
     reuse = reuse or out is None
     out = out or default_target(op, parents, key)
     check_place(out, roots(parents))
-    found = find_result(out, key) if reuse and not options.overwrite else None
+    found = find_result(out, key, hashing=hashing) if reuse and not options.overwrite else None
     if found is not None:
         return RunResult(out, found, found=True)
     check_target(out, overwrite=options.overwrite)
@@ -126,8 +130,8 @@ def run_op(
     measured = measure(plan, options.seed, *parents) if measure is not None else {}
     shards, indexes = plan_shards(plan, key=key, shard_size=options.shard_size)
     sources = {e.full_name: source_of(e, op, parents, options.seed) for e in plan.entries}
-    known = _known_digests(roots(parents))
-    keys = tensor_keys(sources, known, options.device) if take else {}
+    known = known_digests(roots(parents), hashing=hashing)
+    keys = tensor_keys(sources, known.sure, options.device) if take else {}
     pieces = cache.recall_tensors(keys.values()) if keys else {}
     made_before = {n: p for n, k in keys.items() if (p := pieces.get(k))}
     for name, piece in made_before.items():
@@ -135,8 +139,8 @@ def run_op(
         assert isinstance(source, Made)
         ref = TensorRef(name, source.task.dtype, source.task.shape, piece.file, piece.offset, piece.nbytes)
         sources[name] = ref
-        known.setdefault(piece.file, {})[name] = piece.sha256
-    before = _identities(roots(parents))
+        known.sure.setdefault(piece.file, {})[name] = piece.sha256
+    before = identities(roots(parents))
     with Workspace(out, key, resume=options.resume, overwrite=options.overwrite, link=options.link) as space:
         space.check_space(sum(space.need(s.file) for s in shards))
         # Space is reserved for every file first: a full disk shows before any work is done.
@@ -145,11 +149,13 @@ def run_op(
         _check_journal(space, shards)
         planned = {f"{s.file.relative}\0{e.name}" for s in shards for e in s.entries}
         resumed = {k: sha for k, sha in space.done.items() if k in planned}
-        done = resumed | _linked(space, shards, sources, parents)
+        done = resumed | _linked(space, shards, sources, known)
         trained = _train(op, plan, parents, options, space, report)
-        work = plan_jobs(shards, sources, str(space.folder / "out"), done)
-        hashes, alone = _write(work, shards, sources, known, parents, space, done, trained, options, report, engine)
-        _check_unchanged(before)
+        work = plan_jobs(shards, sources, str(space.folder / "out"), done, hashing=hashing)
+        hashes, alone = _write(
+            work, shards, sources, known, parents, space, done, trained, options, report, engine, hashing
+        )
+        check_unchanged(before)
         files = [_weight_row(space, shard) for shard in shards]
         files += _side_files(space, plan, indexes, shards, trained.files)
         check = getattr(op, "check", None)
@@ -169,11 +175,15 @@ def run_op(
             training=trained.record,
             plugin=getattr(op, "plugin", None),
             measured={**measured, **checked},
+            hashing=hashing,
         )
         space.put_file(LINEAGE_FILE, encode(record))
         space.publish()
+    claimed = {n for n, s in sources.items() if isinstance(s, TensorRef) and known.is_claimed(s)}
     for shard in shards:
-        digests.remember(str(out / shard.file.relative), {e.name: hashes[e.full_name] for e in shard.entries})
+        rows = {e.name: hashes[n] for e in shard.entries if (n := e.full_name) in hashes and n not in claimed}
+        if rows:
+            digests.remember(str(out / shard.file.relative), rows)
     if keys:
         _keep_tensors(out, shards, keys, hashes)
     return RunResult(out, record, reused=len(resumed), alone=alone, taken=len(made_before))
@@ -187,7 +197,7 @@ def _keep_tensors(out: Path, shards: list[Shard], keys: Mapping[str, str], hashe
         identity = digests.identity(file)
         for entry in shard.entries:
             name = entry.full_name
-            if name in keys:
+            if name in keys and name in hashes:
                 offset, count = shard.file.places[entry.name]
                 rows[keys[name]] = cache.Piece(file, identity, offset, count, hashes[name])
     cache.keep_tensors(rows)
@@ -207,7 +217,7 @@ def run_environment(options: RunOptions) -> dict[str, Any]:
 
 
 def plan_key(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions) -> str:
-    """The node's key; hashes parents whose digests are not known yet."""
+    """The node's key; hashes parents whose digests are not known yet, unless the options say that headers do."""
     release = ".".join(_version("torch").split(".")[:2])
     return node_key(
         op=op.name,
@@ -219,7 +229,13 @@ def plan_key(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions)
         device=options.device.split(":")[0],
         torch=release,
         plugin=getattr(op, "plugin", None),
+        hashing=is_hashing(plan, options),
     )
+
+
+def is_hashing(plan: Plan, options: RunOptions) -> bool:
+    """Whether the record is to have every digest. An evaluation's has: what it measures is named by its digest."""
+    return options.hash != "header" or plan.evaluates
 
 
 def default_target(op: Op, parents: list[Checkpoint], key: str) -> Path:
@@ -229,8 +245,9 @@ def default_target(op: Op, parents: list[Checkpoint], key: str) -> Path:
     return Path("-".join(piece for piece in (source.strip(".") or "checkpoint", op.name, key[:8]) if piece))
 
 
-def find_result(path: Path, key: str) -> dict[str, Any] | None:
-    """The lineage of `path` when it is the whole result of the work `key`; None when there is nothing."""
+def find_result(path: Path, key: str, *, hashing: bool = True) -> dict[str, Any] | None:
+    """The lineage of `path` when it is the whole result of the work `key`; None when there is nothing. With `hashing`
+    one that lacks digests is refused (`OutputError`): it is what was asked for but for those."""
     if not path.exists():
         return None
     record = read_record(path / LINEAGE_FILE) if (path / LINEAGE_FILE).is_file() else None
@@ -243,6 +260,12 @@ def find_result(path: Path, key: str) -> dict[str, Any] | None:
                 f"{path}: {row['path']} is missing or has another size",
                 hint="remove the folder or pass --overwrite",
             )
+    if hashing and (missing := undigested(record)):
+        raise OutputError(
+            "undigested",
+            f"{path}: is this result, with {len(missing):,} tensors that were never digested",
+            hint="--hash header takes it as it is, --overwrite makes it with digests",
+        )
     return record
 
 
@@ -320,37 +343,43 @@ def _write(
     work: Jobs,
     shards: list[Shard],
     sources: Mapping[str, Source | None],
-    known: Mapping[str, Mapping[str, str]],
+    known: Known,
     parents: list[Checkpoint],
     space: Workspace,
-    done: Mapping[str, str],
+    done: Mapping[str, str | None],
     trained: TrainResult,
     options: RunOptions,
     report: Report,
     engine: Engine,
+    hashing: bool,
 ) -> tuple[dict[str, str], tuple[tuple[str, int], ...]]:
-    """Move and make every tensor that is not journalled; returns sha256 by full name, and what was made alone."""
+    """Move and make every tensor that is not in `done`; returns sha256 by full name, and what was made alone. Without
+    `hashing` what has no digest is not journalled: nothing could tell whether it is whole, so it is made again."""
     total = sum(s.file.size for s in shards)
-    hashes = {e.full_name: done[k] for s in shards for e in s.entries if (k := f"{s.file.relative}\0{e.name}") in done}
-    written = sum(e.nbytes for s in shards for e in s.entries if e.full_name in hashes)
+    ready = [(e, done[k]) for s in shards for e in s.entries if (k := f"{s.file.relative}\0{e.name}") in done]
+    hashes = {e.full_name: sha for e, sha in ready if sha is not None}
+    written = sum(e.nbytes for e, _ in ready)
 
-    def note(owner: Owner, sha: str) -> None:
+    def note(owner: Owner, sha: str | None) -> None:
         nonlocal written
         file, entry = owner
         count = file.places[entry.name][1]
-        hashes[entry.full_name] = sha
-        space.note(file.relative, entry.name, sha, count)
+        if sha is not None:
+            hashes[entry.full_name] = sha
+            space.note(file.relative, entry.name, sha, count)
+        elif hashing:
+            raise CheckpointError(
+                "bad-plan", f"'{printable(entry.full_name)}' was not digested", hint="a fault in the operation"
+            )
         written += count
 
     def finished(job: Job, result: dict[str, str]) -> None:
         own = result.get(job.name) if isinstance(job, Unit) else None
         for owner in work.owners[id(job)]:
             name = owner[1].full_name
-            sha = own or result.get(name)
-            if sha is None:
-                ref = sources[name]
-                assert isinstance(ref, TensorRef)
-                sha = known[ref.file][ref.name]
+            sha, source = own or result.get(name), sources[name]
+            if sha is None and isinstance(source, TensorRef):
+                sha = known.of(source)
             note(owner, sha)
         report("write", {"done": written, "total": total})
 
@@ -360,7 +389,7 @@ def _write(
         else:
             data = _trained_bytes(trained, entry.full_name, entry.dtype)
         space.write(file, entry.name, data)
-        note((file, entry), hashlib.sha256(data).hexdigest())
+        note((file, entry), hashlib.sha256(data).hexdigest() if hashing else None)
     if any(map(uses_torch, work.jobs)):
         load_torch()  # what is loaded by now counts as held, not as room for tensors
 
@@ -376,52 +405,16 @@ def _write(
 
 
 def _linked(
-    space: Workspace, shards: list[Shard], sources: Mapping[str, Source | None], parents: list[Checkpoint]
-) -> dict[str, str]:
+    space: Workspace, shards: list[Shard], sources: Mapping[str, Source | None], known: Known
+) -> dict[str, str | None]:
     """sha256 by "file\0tensor" of everything in files that are links to a parent's: nothing is left to do there."""
-    files = [shard for shard in shards if shard.file.relative in space.linked]
-    if not files:
-        return {}
-    known = _known_digests(roots(parents))
     found = {}
-    for shard in files:
-        for entry in shard.entries:
+    for shard in shards:
+        for entry in shard.entries if shard.file.relative in space.linked else ():
             ref = sources[entry.full_name]
             assert isinstance(ref, TensorRef)
-            found[f"{shard.file.relative}\0{entry.name}"] = known[ref.file][ref.name]
+            found[f"{shard.file.relative}\0{entry.name}"] = known.of(ref)
     return found
-
-
-def _known_digests(checkpoints: list[Checkpoint]) -> dict[str, dict[str, str]]:
-    """sha256 of every tensor of the parents, by file and name."""
-    known: dict[str, dict[str, str]] = {}
-    for checkpoint in checkpoints:
-        shas = checkpoint.tensor_digests
-        for full_name, ref in checkpoint.tensors.items():
-            known.setdefault(ref.file, {})[ref.name] = shas[full_name]
-    return known
-
-
-def _identities(checkpoints: list[Checkpoint]) -> dict[str, tuple[int, int, int, int]]:
-    try:
-        return {file: digests.identity(file) for c in checkpoints for p in c.parts.values() for file in p.files}
-    except OSError as err:
-        raise CheckpointError(
-            "unreadable", f"{err.filename}: {err.strerror}", hint="it was there a moment ago"
-        ) from None
-
-
-def _check_unchanged(before: Mapping[str, tuple[int, int, int, int]]) -> None:
-    """Refuse to publish what was made from a file that somebody changed meanwhile."""
-    for file, identity in before.items():
-        try:
-            same = digests.identity(file) == identity
-        except OSError:
-            same = False
-        if not same:
-            raise CheckpointError(
-                "changed-parent", f"{file}: changed while it was read", hint="run the command again, without --resume"
-            )
 
 
 def _trained_bytes(trained: TrainResult, name: str, dtype: str) -> Any:

@@ -24,7 +24,7 @@ from surgery.store import digests
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.digests import cache_folder
 from surgery.store.layout import LINEAGE_FILE
-from surgery.store.record import read_record, record_digest
+from surgery.store.record import read_record, record_digest, undigested
 
 Warn = Callable[[str], None]
 
@@ -122,12 +122,13 @@ def keep_tensors(pieces: Mapping[str, Piece]) -> None:
 
 
 def find_whole(path: Path, key: str, warn: Warn) -> dict[str, Any] | None:
-    """The record of the folder at `path` if it is still, byte for byte, the result of the work `key`."""
+    """The record of the folder at `path` if it is still, byte for byte, the result of the work `key`; one that says
+    nothing of some tensors' bytes is not taken."""
     if not (path / LINEAGE_FILE).is_file():
         return None
     try:
         record = read_record(path / LINEAGE_FILE)
-        if record["steps"][-1]["key"] != f"sha256:{key}":
+        if record["steps"][-1]["key"] != f"sha256:{key}" or undigested(record):
             return None
         fault = "its record was altered" if record["record"] != record_digest(record) else _fault(path, record)
     except (SurgeryError, OSError) as err:

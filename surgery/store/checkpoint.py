@@ -19,6 +19,7 @@ from surgery.store import digests
 from surgery.store.header import Header, nbytes_of, read_header
 from surgery.store.layout import LINEAGE_FILE, Layout, PartLayout, find_layout, read_json
 from surgery.store.record import read_record
+from surgery.store.unhashed import Unhashed, look_at
 
 if TYPE_CHECKING:
     import torch
@@ -123,9 +124,9 @@ class Checkpoint:
                 # Which tensors a pickle holds depends on the key that it was opened with, so its digests are not kept.
                 keep = all(ref.offset >= 0 for ref in refs)
                 before = digests.identity(file)
-                known = digests.lookup(file) if keep else None
-                if known is None or any(ref.name not in known for ref in refs):
-                    known = self._hash_file(refs)
+                known = (digests.lookup(file) if keep else None) or {}
+                if missing := [ref for ref in refs if ref.name not in known]:
+                    known = known | self._hash_file(missing)
                     if keep and digests.identity(file) == before:  # else it was written to meanwhile
                         digests.remember(file, known)
                 found.update({prefix + ref.name: known[ref.name] for ref in refs})
@@ -153,9 +154,26 @@ class Checkpoint:
         """The digest as records spell it."""
         return f"sha256:{self.digest}"
 
-    def identity(self) -> dict[str, str]:
-        """What the key of a node that is made from this checkpoint says of it."""
-        return {"digest": self.digest, "config": self.config_digest()}
+    @cached_property
+    def unhashed(self) -> Unhashed:
+        """What is known of it without reading a tensor. Asked once: the answer holds where the work goes on in another
+        process, too. Raises `CheckpointError`."""
+        try:
+            return look_at(self)
+        except OSError as err:
+            raise CheckpointError(
+                "unreadable", f"{err.filename}: {err.strerror}", hint="it was there a moment ago"
+            ) from None
+
+    def identity(self, *, hashing: bool = True) -> dict[str, str]:
+        """What the key of a node that is made from this checkpoint says of it. Without `hashing`, digests that are not
+        known are not made: the files stand for them."""
+        told = {"digest": self.digest} if hashing else self.unhashed.identity
+        return told | {"config": self.config_digest()}
+
+    def parent_row(self, *, hashing: bool = True) -> dict[str, Any]:
+        """How a record says which content it had as a parent."""
+        return {"digest": self.digest_text} if hashing else self.unhashed.row
 
     def config_digest(self) -> str:
         """Digest of the parsed JSON side files that say how the tensors are used: a pipeline's list of parts, configs

@@ -100,6 +100,15 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return parse_header(raw, file_size=size, shown=shown)
 
 
+def header_digest(path: str | os.PathLike[str]) -> str:
+    """sha256 of a safetensors file's header bytes; with the tensors' digests it covers the whole file."""
+    from hashlib import sha256
+
+    start = read_header(path).data_start
+    with open(path, "rb") as handle:
+        return sha256(handle.read(start)).hexdigest()
+
+
 def parse_header(raw: bytes, *, file_size: int, shown: str) -> Header:
     """Check the JSON of a header against the rules of the format. `shown` is the path for messages."""
     oddities = []

@@ -25,7 +25,7 @@ _FIELDS: Mapping[str, type] = {
     "environment": dict,
 }
 _STEP: Mapping[str, type] = {"op": str, "version": int, "params": dict, "seed": int, "key": str}
-_TENSOR: Mapping[str, type] = {"sha256": str, "dtype": str, "shape": list}
+_TENSOR: Mapping[str, type] = {"dtype": str, "shape": list}
 _FILE: Mapping[str, type] = {"path": str, "size": int}
 _CHANGE: Mapping[str, type] = {"tensors": str, "count": int, "how": str}
 
@@ -60,13 +60,25 @@ def record_digest(record: Mapping[str, Any]) -> str:
     return "sha256:" + digests.canonical_digest(hashed)
 
 
+def undigested(record: Mapping[str, Any]) -> list[str]:
+    """The tensors that a record has no digest of: those that a run with --hash header made, or took from parents that
+    were not digested either."""
+    return [name for name, row in record["tensors"].items() if "sha256" not in row]
+
+
+def is_unhashed(digest: str) -> bool:
+    """Whether what stands for a digest in a record is the name of work, or of files, whose content nobody hashed."""
+    return digest.startswith("unhashed:")
+
+
 def _fault(record: Any) -> str | None:
     """The first field of a record that is missing or of another type than it should be."""
     if fault := _lacks(record, _FIELDS):
         return fault
     if not record["steps"] or any(_lacks(step, _STEP) for step in record["steps"]):
         return "steps"
-    if any(_lacks(row, _TENSOR) for row in record["tensors"].values()):
+    fields = _TENSOR if is_unhashed(record["digest"]) else {"sha256": str, **_TENSOR}
+    if any(_lacks(row, fields) or not isinstance(row.get("sha256", ""), str) for row in record["tensors"].values()):
         return "tensors"
     files = record["output"].get("files")
     if not isinstance(files, list) or any(_lacks(row, _FILE) or not safe_relative(row["path"]) for row in files):

@@ -42,7 +42,8 @@ def test_a_replay_gives_the_same_digests(command: Run, made: Path, tmp_path: Pat
 
 def test_a_replay_for_programs_is_one_object(command: Run, made: Path) -> None:
     shown = json.loads(command("replay", "g", "--to", "again", "--json", "--workers", "1").stdout)
-    assert set(shown) == {"path", "equal", "digest", "tensors", "differing", "files", "reasons"}
+    counts = {"tensors", "undigested", "assumed", "differing", "files", "reasons"}
+    assert set(shown) == {"path", "equal", "digest", *counts} and (shown["undigested"], shown["assumed"]) == (0, [])
     assert (shown["path"], shown["equal"], shown["digest"]) == ("again", True, record(made)["digest"])
     assert (shown["differing"], shown["files"], shown["reasons"]) == ([], [], [])
 

@@ -60,6 +60,24 @@ def test_independent_steps_of_a_recipe_run_side_by_side_with_the_same_bytes(
 
 
 @slow
+def test_without_digests_the_bytes_are_the_same_and_the_keys_hold(on_cluster: Command, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    words = ("run", "r.yaml", "-o", "there", "--hash", "header", "--json", "--engine", "ray")
+    there = json.loads(on_cluster(*words, SURGERY_CACHE=str(tmp_path / "cache1")).stdout)
+    on_cluster("run", "r.yaml", "-o", "here", SURGERY_CACHE=str(tmp_path / "cache2"))
+    assert all(row["undigested"] for row in there.values())
+    for name in ("half", "both", "graft"):
+        assert on_cluster("diff", f"there/{name}", f"here/{name}").returncode == 0
+    assert on_cluster("verify", "there/graft").stdout.startswith("ok")
+    again = json.loads(on_cluster(*words, SURGERY_CACHE=str(tmp_path / "cache1")).stdout)
+    assert all(row["found"] for row in again.values())
+    one = on_cluster(
+        "cast", "dit-digits", "--dtype", "bf16", "-o", "one", "--hash", "header", "--engine", "ray", "--json"
+    )
+    assert json.loads(one.stdout)["undigested"] and on_cluster("diff", "one", "there/half").returncode == 0
+
+
+@slow
 def test_the_work_of_a_worker_that_dies_is_done_by_another(on_cluster: Command, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     on_cluster("killed-once", "dit-digits", "--mark", str(mark), "-o", "out", "-q", "--engine", "ray")

@@ -9,6 +9,7 @@ from surgery.cli.adaptvis.ask import AsJson, Device, Dtype, Model, Offline, Thre
 from surgery.cli.operation import open_source
 from surgery.errors import Mismatch
 from surgery.graph.run import check_device
+from surgery.store.record import undigested
 
 
 def verify(
@@ -38,6 +39,9 @@ def verify(
     faults = check_files(base)
     faults += check_record(base) if base.lineage is not None else []
     notes = [] if base.lineage is not None else ["no surgery.json: files cannot be compared with a record"]
+    unsure = len(undigested(base.lineage)) if base.lineage is not None else 0
+    if unsure:
+        notes.append(f"{unsure:,} tensors were never digested (--hash header): their bytes cannot be compared")
     if not files_only:
         loaded = load_steerable(base, device=device, dtype=dtype, attn=None, threads=threads)
         inputs = encode_question(loaded, "Where is the thing in the picture?", [_picture()], template=None)
@@ -54,7 +58,8 @@ def verify(
             acted = "" if files_only else ", and each of its alphas acts"
             if acted and all(base.config["adaptvis"].get(k) in (1, None) for k in ("scale", "alpha1", "alpha2")):
                 acted = "; its alphas are 1, which is the model itself"
-            output.data(f"ok  {base.path}  code, weights and patch are what was attached{acted}")
+            whole = "code and patch are" if unsure else "code, weights and patch are"
+            output.data(f"ok  {base.path}  {whole} what was attached{acted}")
         for note in notes:
             output.note(f"note: {note}")
     if faults:

@@ -60,10 +60,15 @@ def _origin(parent: Checkpoint, ref: TensorRef) -> Source:
 
 
 def plan_jobs(
-    shards: Iterable[Shard], sources: Mapping[str, Source | None], folder: str, done: Mapping[str, str]
+    shards: Iterable[Shard],
+    sources: Mapping[str, Source | None],
+    folder: str,
+    done: Mapping[str, str | None],
+    *,
+    hashing: bool = True,
 ) -> Jobs:
     """Jobs for every tensor that is not in `done` ("file\\0tensor"). `sources` are by full name; files lie in
-    `folder`. A tensor that stands in several places is made once."""
+    `folder`. A tensor that stands in several places is made once. Without `hashing` no job digests anything."""
     jobs: list[Job] = []
     owners: dict[int, tuple[Owner, ...]] = {}
     made: dict[int, list[Owner]] = {}
@@ -81,23 +86,23 @@ def plan_jobs(
             elif isinstance(source, Made):
                 made.setdefault(id(source), []).append((shard.file, entry))
             else:
-                unit = _unit(source, [(shard.file, entry)], folder)
+                unit = _unit(source, [(shard.file, entry)], folder, hashing)
                 jobs.append(unit)
                 owners[id(unit)] = ((shard.file, entry),)
         whole = bool(moved) and len(moved) == len(shard.entries) and shard.file.size <= _WHOLE
-        for copy, entries in _copies(shard.file, moved, folder, whole=whole):
+        for copy, entries in _copies(shard.file, moved, folder, whole=whole, hashing=hashing):
             jobs.append(copy)
             owners[id(copy)] = tuple((shard.file, e) for e in entries)
     for places in made.values():
         source = sources[places[0][1].full_name]
         assert source is not None
-        unit = _unit(source, places, folder)
+        unit = _unit(source, places, folder, hashing)
         jobs.append(unit)
         owners[id(unit)] = tuple(places)
     return Jobs(tuple(sorted(jobs, key=lambda job: job.place)), owners, tuple(trained))
 
 
-def _unit(source: Source, places: Sequence[Owner], folder: str) -> Unit:
+def _unit(source: Source, places: Sequence[Owner], folder: str, hashing: bool) -> Unit:
     file, entry = places[0]
     return Unit(
         name=entry.full_name,
@@ -108,11 +113,12 @@ def _unit(source: Source, places: Sequence[Owner], folder: str) -> Unit:
         targets=tuple((f"{folder}/{f.relative}", f.places[e.name][0]) for f, e in places),
         peak=peak_of(source),
         place=place_of(source),
+        hashed=hashing,
     )
 
 
 def _copies(
-    file: PlannedFile, moved: list[tuple[Entry, Source]], folder: str, *, whole: bool
+    file: PlannedFile, moved: list[tuple[Entry, Source]], folder: str, *, whole: bool, hashing: bool
 ) -> Iterable[tuple[Copy, list[Entry]]]:
     """Range copies of one file in batches, neighbours in source and target joined into one range."""
     spans: list[list[int]] = []  # [index of the source file, source start, target start, count]
@@ -137,7 +143,8 @@ def _copies(
         size += count
         entries.append(entry)
         if isinstance(source, Joined):
-            hashed.append((entry.full_name, source))
+            if hashing:
+                hashed.append((entry.full_name, source))
             pieces = source.pieces
         else:
             pieces = ((source, 0, count),)

@@ -56,7 +56,8 @@ Source = TensorRef | Joined | Made
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One tensor to make: where its bytes go (file, offset), what it is called, and the memory that it takes."""
+    """One tensor to make: where its bytes go (file, offset), what it is called, and the memory that it takes. `hashed`:
+    whether its digest is wanted."""
 
     name: str
     source: Source
@@ -66,6 +67,7 @@ class Unit:
     targets: tuple[tuple[str, int], ...]
     peak: int
     place: tuple[str, int] = ("", 0)
+    hashed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +102,14 @@ def carry_out(job: Job, pickles: Pickles) -> dict[str, str]:
     target's disk, and the errors of the operation with the tensor's name."""
     if isinstance(job, Copy):
         return _copy(job)
-    state, position = hashlib.sha256(), 0
+    state, position = hashlib.sha256() if job.hashed else None, 0
     opened = [(os.open(path, os.O_WRONLY | os.O_CLOEXEC), offset) for path, offset in job.targets]
     try:
         for piece in _bytes_of(job, pickles):
             for fd, offset in opened:
                 write_at(fd, piece, offset + position)
-            state.update(piece)
+            if state is not None:
+                state.update(piece)
             position += len(piece)
             del piece  # not beside the next one
     finally:
@@ -116,7 +119,7 @@ def carry_out(job: Job, pickles: Pickles) -> dict[str, str]:
         raise CheckpointError(
             "bad-plan", f"'{printable(job.name)}' came out as {position} bytes", hint="a fault in the operation"
         )
-    return {job.name: state.hexdigest()}
+    return {job.name: state.hexdigest()} if state is not None else {}
 
 
 def _copy(job: Copy) -> dict[str, str]:

@@ -16,7 +16,15 @@ from surgery.graph.evaluation import check_no_report
 from surgery.graph.op import Given, Op, Plan, PlanContext, Trained, resolved_params
 from surgery.graph.planned import Planned, PlannedStep, planned_checkpoint
 from surgery.graph.recipes.recipe import Recipe, Step
-from surgery.graph.run import RunOptions, check_plan, default_target, find_result, plan_key, run_environment
+from surgery.graph.run import (
+    RunOptions,
+    check_plan,
+    default_target,
+    find_result,
+    is_hashing,
+    plan_key,
+    run_environment,
+)
 from surgery.store import cache
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
 
@@ -106,11 +114,13 @@ def plan_node(scene: Scene, step: Step, parents: tuple[Checkpoint, ...], *, fuse
     check_no_report(parents)
     plan = op.plan(PlanContext(options.seed, options.offline), *parents)
     check_plan(plan)
-    in_memory = any(isinstance(e, Trained | Given) for e in plan.entries)
+    fused = fused and not any(isinstance(e, Trained | Given) for e in plan.entries)
+    if not fused and (step.name not in scene.outputs or step.cache):
+        options = replace(options, hash="full")  # it goes to the cache, where things are found by their digests
     waits = [s for s, p in zip(step.sources, parents, strict=True) if isinstance(p, Planned) and not p.identified]
     key = None if waits else plan_key(op, plan, list(parents), options)
     node = Node(step, op, plan, parents, options, key, "run", "", parents[0] if parents else _NOTHING)
-    if fused and not in_memory:
+    if fused:
         pending = any(isinstance(p, Planned) and p.pending for p in parents)
         made = _planned(scene, node, pending=pending, written=False)
         return replace(node, state="fused", checkpoint=made, why="its tensors are made on the way")
@@ -131,7 +141,7 @@ def _find(scene: Scene, node: Node, key: str, *, is_output: bool) -> Node | None
     """The node with its result, if that lies anywhere."""
     name, target = node.step.name, node.target
     if is_output and target is not None and not node.options.overwrite:
-        found = find_result(target, key)
+        found = find_result(target, key, hashing=is_hashing(node.plan, node.options))
         if found is not None:
             return replace(node, state="done", checkpoint=open_checkpoint(target, name=name), source=target)
     place = cache.find_node(key, scene.warn)
@@ -147,7 +157,8 @@ def _find(scene: Scene, node: Node, key: str, *, is_output: bool) -> Node | None
 
 def _planned(scene: Scene, node: Node, *, pending: bool, written: bool) -> Planned:
     known = cache.recall(node.key) if written and node.key else None
-    made = PlannedStep(node.op, node.plan, node.parents, node.options.seed, node.key or "")
+    hashing = is_hashing(node.plan, node.options)
+    made = PlannedStep(node.op, node.plan, node.parents, node.options.seed, node.key or "", hashing)
     folder = scene.folder / str(next(scene.numbers))
     return planned_checkpoint(node.step.name, made, folder, pending=pending, written=written, known=known)
 
@@ -165,8 +176,10 @@ def _with_needs(nodes: dict[str, Node], scene: Scene) -> dict[str, Node]:
 
 def about(node: Node) -> dict[str, Any]:
     """What a step is, in words that can be compared with what it was."""
+    hashing = is_hashing(node.plan, node.options)
     identities = [
-        p.identity() if not isinstance(p, Planned) or p.identified else {"derived": "not made"} for p in node.parents
+        p.identity(hashing=hashing) if not isinstance(p, Planned) or p.identified else {"derived": "not made"}
+        for p in node.parents
     ]
     return {
         "op": node.op.name,
@@ -177,6 +190,7 @@ def about(node: Node) -> dict[str, Any]:
         "parents": dict(zip(node.step.sources, identities, strict=True)),
         "inputs": dict(node.plan.inputs),
         "torch": run_environment(node.options)["torch"],
+        "hash": node.options.hash,
     }
 
 
@@ -188,8 +202,9 @@ def _why(scene: Scene, node: Node) -> str:
     if before is None:
         return "never made here"
     now = about(node)
-    changes = list(_changes(before, now))
-    return "; ".join(changes) if changes else "its result is gone"
+    if changes := list(_changes(before, now)):
+        return "; ".join(changes)
+    return "its result was not digested" if before.get("hash") == "header" else "its result is gone"
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:

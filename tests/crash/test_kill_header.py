@@ -1,0 +1,80 @@
+"""kill -9 in a merge with --hash header: what has no digest is not trusted when the run goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import vlm_pairs
+
+from surgery.store.checkpoint import open_checkpoint
+from surgery.store.header import read_header
+
+# The command itself, with a journal that is synced at once, killed when it begins its seventh merged tensor.
+KILLED = """
+import os, signal
+from surgery.cli.main import main
+from surgery.arch.merging import tasks
+from surgery.store import writer
+
+writer._SYNC_SECONDS = 0.0
+stream, calls = tasks.stream, []
+
+def counted(*rest):
+    calls.append(1)
+    if len(calls) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stream(*rest)
+
+tasks.stream = counted
+main()
+"""
+
+
+def test_tensors_without_digests_are_made_again(tmp_path: Path, command: Callable[..., Any]) -> None:
+    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
+    words = ["merge", pair.host, pair.donor, "--hash", "header", "--workers", "1"]
+    assert command(*words, "-o", "whole").code == 0
+    hosts = open_checkpoint(pair.host).tensor_digests  # known from here on
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words), "-o", "out"], cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    (folder,) = tmp_path.glob(".out.surgery-*")
+    rows = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()][1:]
+    noted = {row["tensor"] for row in rows}
+    made = {n for n, sha in open_checkpoint(tmp_path / "whole").tensor_digests.items() if sha != hosts[n]}
+    assert noted and made and not noted & made  # of what was merged nothing is noted
+    for file in (folder / "out").glob("*.safetensors"):
+        header = read_header(file)
+        raw = bytearray(file.read_bytes())
+        for name, spec in header.tensors.items():
+            if name not in noted:
+                raw[header.data_start + spec.start] ^= 1
+        file.write_bytes(raw)
+    ended = command(*words, "-o", "out", "--resume")
+    assert ended.code == 0, ended.stderr
+    assert f"resumed: {len(noted)} tensors were reused" in ended.stderr
+    for file in (tmp_path / "whole").iterdir():
+        assert file.name == "surgery.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_run_without_digests_goes_on_with_one_that_has_them(tmp_path: Path, command: Callable[..., Any]) -> None:
+    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
+    for model in (pair.host, pair.donor):
+        assert open_checkpoint(model).digest  # known: the work has one key with and without
+    words = ["merge", pair.host, pair.donor, "--workers", "1"]
+    assert command(*words, "-o", "whole").code == 0
+    full = [sys.executable, "-c", KILLED, *map(str, words), "-o", "out"]
+    assert subprocess.run(full, cwd=tmp_path).returncode == -signal.SIGKILL
+    (folder,) = tmp_path.glob(".out.surgery-*")
+    noted = {json.loads(row)["tensor"] for row in (folder / "journal.jsonl").read_text().splitlines()[1:]}
+    ended = command(*words, "-o", "out", "--resume", "--hash", "header", "--json")
+    shown = json.loads(ended.stdout)
+    tensors = json.loads((tmp_path / "out" / "surgery.json").read_text())["tensors"]
+    assert shown["reused"] == len(noted) > 0 and shown["undigested"] > 0
+    assert all("sha256" in tensors[name] for name in noted)
+    assert command("verify", "out").code == 0
+    for file in (tmp_path / "whole").iterdir():
+        assert file.name == "surgery.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
