@@ -1,7 +1,7 @@
 """`surgery.json`: what was done, to which parents, with which result; and checking a folder against it.
 
-The record's own digest leaves out time and environment, so two machines doing the same work agree on it. Every parent's
-record travels along under `ancestors`.
+The record's own digest leaves out time and environment, its own and its ancestors', so two machines doing the same work
+agree on it. Every parent's record travels along under `ancestors`.
 """
 
 import json
@@ -17,7 +17,7 @@ from surgery.store import digests
 from surgery.store.checkpoint import Checkpoint, content_digest
 from surgery.store.header import header_digest
 from surgery.store.layout import LINEAGE_FILE, REPORT_FILE
-from surgery.store.record import is_unhashed, record_digest, undigested
+from surgery.store.record import is_intact, is_unhashed, record_digest, undigested
 
 _quoted = json.encoder.encode_basestring
 _NUMBER = r"(?<=\.)[0-9]{1,9}(?=\.)"  # the index of a block inside a tensor's name
@@ -170,7 +170,7 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     faults = []
     key = record["steps"][-1]["key"].removeprefix("sha256:")
     content = _digest_of(record["tensors"], record["output"]["files"], key)
-    if record["record"] != record_digest(record) or record["digest"] != content:
+    if not is_intact(record) or record["digest"] != content:
         faults.append(f"{LINEAGE_FILE}: the record was altered")
     root = checkpoint.root
     listed = {row["path"]: row for row in record["output"]["files"]}

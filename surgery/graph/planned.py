@@ -94,7 +94,7 @@ class Planned(Checkpoint):
             plan=step.plan,
             tensors=None,
             files=[],
-            environment={},  # that of the result, which the records of its steps are part of and hashed with
+            environment={},  # that of the result, which the records of its steps are part of
             training={},
             hashing=step.hashing,
         )

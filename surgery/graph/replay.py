@@ -27,7 +27,7 @@ from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.digests import cache_folder
 from surgery.store.layout import LINEAGE_FILE
 from surgery.store.names import open_named
-from surgery.store.record import is_unhashed, record_digest, undigested
+from surgery.store.record import is_intact, is_unhashed, undigested
 
 _LEVELS = 4  # folders above the output in which a relative name is tried: where the command may have been typed
 
@@ -81,7 +81,7 @@ def replay(
         raise CheckpointError(
             "no-lineage", f"{checkpoint.name}: no {LINEAGE_FILE} beside the weights", hint="not made by surgery"
         )
-    if record["record"] != record_digest(record):
+    if not is_intact(record):
         raise CheckpointError(
             "altered-record",
             f"{checkpoint.name}: {LINEAGE_FILE} was altered after it was written",

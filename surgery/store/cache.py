@@ -24,7 +24,7 @@ from surgery.store import digests
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.digests import cache_folder
 from surgery.store.layout import LINEAGE_FILE
-from surgery.store.record import read_record, record_digest, undigested
+from surgery.store.record import is_intact, read_record, undigested
 
 Warn = Callable[[str], None]
 
@@ -130,7 +130,7 @@ def find_whole(path: Path, key: str, warn: Warn) -> dict[str, Any] | None:
         record = read_record(path / LINEAGE_FILE)
         if record["steps"][-1]["key"] != f"sha256:{key}" or undigested(record):
             return None
-        fault = "its record was altered" if record["record"] != record_digest(record) else _fault(path, record)
+        fault = _fault(path, record) if is_intact(record) else "its record was altered"
     except (SurgeryError, OSError) as err:
         fault = getattr(err, "message", None) or str(err)
     if fault is None:

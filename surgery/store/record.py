@@ -12,7 +12,7 @@ from surgery.errors import CheckpointError, printable
 from surgery.store import digests
 from surgery.store.layout import read_json, safe_relative
 
-_UNHASHED = ("record", "created", "environment", "measured")
+_PASSING = ("created", "environment", "measured")  # of a time and a machine, not of the work
 _FIELDS: Mapping[str, type] = {
     "record": str,
     "digest": str,
@@ -53,11 +53,30 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """Digest of a record without itself, its time, its environment, and what the parents were called there."""
-    hashed = {k: v for k, v in record.items() if k not in _UNHASHED}
-    if isinstance(parents := hashed.get("parents"), Mapping):
-        hashed["parents"] = {n: {k: v for k, v in row.items() if k != "source"} for n, row in parents.items()}
-    return "sha256:" + digests.canonical_digest(hashed)
+    """Digest of a record without itself, and without time, environment, measured numbers and what parents were called
+    on that machine: neither its own nor those of its ancestors, so that the same work has the same one anywhere."""
+    ancestors = record.get("ancestors")
+    told = {n: _lasting(own) for n, own in ancestors.items()} if isinstance(ancestors, Mapping) else ancestors
+    return _digest(record, told)
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether a record is as it was written: by the rule of `record_digest`, or by the first one, which took records of
+    ancestors whole, time and all. Records without ancestors are the same by both."""
+    return record["record"] in (record_digest(record), _digest(record, record.get("ancestors")))
+
+
+def _digest(record: Mapping[str, Any], ancestors: Any) -> str:
+    hashed = {k: v for k, v in _lasting(record).items() if k != "record"}
+    return "sha256:" + digests.canonical_digest(hashed | ({"ancestors": ancestors} if "ancestors" in record else {}))
+
+
+def _lasting(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record is true of the work wherever and whenever it is done."""
+    kept = {k: v for k, v in record.items() if k not in _PASSING}
+    if isinstance(parents := kept.get("parents"), Mapping):
+        kept["parents"] = {n: {k: v for k, v in row.items() if k != "source"} for n, row in parents.items()}
+    return kept
 
 
 def undigested(record: Mapping[str, Any]) -> list[str]:

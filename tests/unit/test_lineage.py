@@ -17,12 +17,14 @@ from surgery.errors import CheckpointError, OutputError, UsageError
 from surgery.graph.lineage import encode, ranges, record_digest, verify
 from surgery.graph.op import Param, PartNames, Plan, PlanContext, SideFile, Trained, TrainResult, build_op
 from surgery.graph.run import RunOptions, RunResult, find_result, run_op
+from surgery.ops.cast import Cast
 from surgery.ops.graft import Graft
+from surgery.ops.merge import Merge
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OP = Graft(replace=("mlp=r3",), layers="1,3", init="random")
-UNHASHED = ("record", "created", "environment")
+UNHASHED = ("created", "environment", "measured")
 
 
 def graft(source: Path, out: Path | None, **options: Any) -> RunResult:
@@ -142,14 +144,23 @@ def test_a_part_of_a_produced_pipeline_has_its_history(pipeline_child: Path, tmp
 # What the record's digest is of
 
 
-def test_the_record_s_digest_is_that_of_the_file_without_itself_time_and_environment(child: Path) -> None:
+def digest_of(record: dict[str, Any], *, whole_ancestors: bool = False) -> str:
+    """The record's digest, written down a second time; with `whole_ancestors` as it was at first."""
     from hashlib import sha256
 
-    rest = {k: v for k, v in record_of(child).items() if k not in UNHASHED}
-    for parent in rest["parents"].values():
-        parent.pop("source", None)  # what it was called on that machine
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert record_of(child)["record"] == "sha256:" + sha256(text.encode()).hexdigest()
+    def rest(own: dict[str, Any]) -> dict[str, Any]:
+        parents = {n: {k: v for k, v in row.items() if k != "source"} for n, row in own["parents"].items()}
+        return {k: v for k, v in own.items() if k not in UNHASHED} | {"parents": parents}
+
+    ancestors = record["ancestors"]
+    told = ancestors if whole_ancestors else {n: rest(own) for n, own in ancestors.items()}
+    hashed = {k: v for k, v in rest(record).items() if k != "record"} | {"ancestors": told}
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + sha256(text.encode()).hexdigest()
+
+
+def test_the_record_s_digest_is_that_of_the_file_without_itself_time_and_environment(child: Path) -> None:
+    assert record_of(child)["ancestors"] and record_of(child)["record"] == digest_of(record_of(child))
 
 
 def test_the_same_work_elsewhere_at_another_time_has_the_same_record(
@@ -163,6 +174,58 @@ def test_the_same_work_elsewhere_at_another_time_has_the_same_record(
     first = record_of(child)
     assert again["created"] != first["created"] and again["environment"] != first["environment"]
     assert again["record"] == first["record"] and again["steps"][0]["key"] == first["steps"][0]["key"]
+
+
+def test_the_same_work_in_two_steps_has_the_same_record_whenever_and_wherever_each_was_done(
+    tiny_llava: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(place: Path, lead: str, **options: Any) -> list[dict[str, Any]]:
+        """Merge, then cast what was merged, below `place`."""
+        shutil.copytree(tiny_llava, place / "vlm")
+        shutil.copytree(tiny_llama, place / "llm")
+        models = [open_checkpoint(place / n, name=lead + n) for n in ("vlm", "llm")]
+        how = RunOptions(**options)
+        merged = run_op(Merge(force=True), models, place / "merged", options=how)
+        result = run_op(Cast("float16"), [open_checkpoint(merged.path)], place / "out", options=how)
+        return [merged.record, result.record]
+
+    first = twice(tmp_path / "here", "", workers=2)
+    monkeypatch.setattr("surgery.graph.lineage.time.strftime", lambda *_: "1999-01-01T00:00:00Z")
+    monkeypatch.setattr("surgery.graph.run.platform.python_version", lambda: "9.9")
+    monkeypatch.setattr("surgery.graph.run._processor", lambda: "another")
+    monkeypatch.setattr(Merge, "measure", lambda *_: {"layers": [{"layer": 0, "cosine": 0.1}]})
+    second = twice(tmp_path / "there", "./", workers=1, threads=2)
+    for one, two in zip(first, second, strict=True):
+        assert all(one[k] != two[k] for k in ("created", "environment")) and one["record"] == two["record"]
+    for one, two in zip(first[1]["ancestors"].items(), second[1]["ancestors"].items(), strict=True):
+        assert one[0] == two[0] and all(one[1][k] != two[1][k] for k in ("created", "environment", "measured"))
+    assert faults(tmp_path / "here" / "out") == faults(tmp_path / "there" / "out") == []
+
+
+def test_a_record_of_the_first_rule_holds_and_is_still_checked(child: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(child, tmp_path / "older")
+    record = record_of(older)
+    record["record"] = digest_of(record, whole_ancestors=True)
+    assert record["record"] != digest_of(record)
+    (older / "surgery.json").write_bytes(encode(record))
+    assert faults(older) == []
+    (ancestor,) = record["ancestors"].values()
+    for change in ({"created": "1999-01-01T00:00:00Z"}, {"digest": "sha256:" + "0" * 64}):
+        altered = record | {"ancestors": {ancestor["record"]: ancestor | change}}
+        (older / "surgery.json").write_bytes(encode(altered))
+        assert faults(older) == ["surgery.json: the record was altered"]
+    (older / "surgery.json").write_bytes(encode(record))
+    grandchild = run_op(Graft(replace=("attn=swa:w=4",), init="random"), [open_checkpoint(older)], tmp_path / "g")
+    assert grandchild.record["ancestors"].keys() == {record["record"], ancestor["record"]}
+    assert faults(grandchild.path) == []
+
+
+def test_a_change_of_an_ancestor_s_work_is_found(copy: Path) -> None:
+    record = record_of(copy)
+    (ancestor,) = record["ancestors"].values()
+    ancestor["steps"][0]["seed"] = 5
+    (copy / "surgery.json").write_bytes(encode(record))
+    assert faults(copy) == ["surgery.json: the record was altered"]
 
 
 def test_a_parent_named_by_a_dot_is_recorded_by_its_folder_s_name(
