@@ -9,10 +9,12 @@ Standard library only; knows nothing of checkpoints.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from surgery.errors import UsageError, closest, printable
 
 _TOKEN = re.compile(r"\*|\{([^{}]*)\}")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole piece between dots
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,15 @@ def parse_rule(text: str) -> Rule:
 
 def nearest(pattern: str, names: Iterable[str]) -> str:
     """The tail of a hint for a pattern that matched nothing: the names most like it, numbers written as {n}."""
-    templates = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "{n}", name) for name in names))
+    templates = list(dict.fromkeys(map(folded, names)))
     wanted = re.sub(r"(?<![^.])(\d+|\{\w+\})(?![^.])", "{n}", pattern.strip("/"))
     return closest(wanted, [printable(t, limit=120) for t in templates[:2000]])
+
+
+@lru_cache(1 << 14)  # as for `natural`: every step of a recipe asks again
+def folded(name: str) -> str:
+    """The name with {n} for every piece that is a number."""
+    return _NUMBER.sub("{n}", name)
 
 
 def _regex_rule(text: str, old: str, new: str) -> Rule:

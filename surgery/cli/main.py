@@ -166,17 +166,19 @@ class _Plain:
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         kind, info = param.type_descriptor.annotation, param.type_descriptor.parameter_info
-        many = getattr(param, "multiple", False) or param.nargs != 1
-        if value is None and not many:
-            return None
+        if value is None:
+            return () if getattr(param, "multiple", False) or param.nargs == -1 else None
         if kind is str and isinstance(value, str) and info.parser is None:
             return value
         if kind is float and isinstance(value, float) and info.min is None and info.max is None:
             return value  # a default; text goes the long way
         if kind == list[str] and isinstance(value, tuple | list) and all(isinstance(v, str) for v in value):
             return list(value)
-        if kind is Path and isinstance(value, str | Path) and not (info.exists or info.resolve_path or info.writable):
-            return Path(value)
+        if kind in (Path, list[Path]) and not (info.exists or info.resolve_path or info.writable):
+            if kind is Path and isinstance(value, str | Path):
+                return Path(value)
+            if kind == list[Path] and isinstance(value, tuple | list):
+                return [Path(v) for v in value]
         if kind is int and (isinstance(value, int) or (isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value))):
             number = int(value)
             if (info.min is None or number >= info.min) and (info.max is None or number <= info.max):

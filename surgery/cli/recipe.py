@@ -251,16 +251,24 @@ def print_plans(
     svg: Path | None = None,
 ) -> None:
     """What is said of recipes before they run: words, JSON, or a picture."""
+    from surgery.graph.recipes.schedule import without_collector
+
+    with without_collector():  # in a call of its own: plans are gone again when the collector comes back
+        _print_plans(recipes, options, as_json=as_json, dot=dot, svg=svg)
+
+
+def _print_plans(
+    recipes: "list[tuple[Recipe, Path | None]]", options: RunOptions, *, as_json: bool, dot: bool, svg: Path | None
+) -> None:
     from surgery.graph.recipes.estimate import disk_report, node_report
-    from surgery.graph.recipes.schedule import prepared, without_collector
+    from surgery.graph.recipes.schedule import prepared
 
     reports: list[dict[str, Any]] = []
     pictures: list[tuple[str, list[Any]]] = []
     for recipe, out in recipes:
         opener = partial(open_source, offline=options.offline)
         with prepared(recipe, load_step, opener, out, options=options, warn=output.warn) as (scene, nodes):
-            with without_collector():
-                rows = [node_report(node) for node in nodes.values()]
+            rows = [node_report(node) for node in nodes.values()]
             disks = disk_report(nodes.values())
             reports.append({"recipe": str(recipe.path), "steps": rows, "inputs": dict(recipe.inputs), "disks": disks})
             pictures.append((str(recipe.path), rows))

@@ -145,8 +145,13 @@ class Plan:
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""
-        kept = sum(e.nbytes for e in self.entries if isinstance(e, (Keep, Bytes)))  # noqa: UP038  a union is made anew for every entry
-        return {"kept": kept, "written": sum(e.nbytes for e in self.entries) - kept}
+        kept = written = 0
+        for entry in self.entries:
+            if isinstance(entry, (Keep, Bytes)):  # noqa: UP038  a union is made anew for every entry
+                kept += entry.nbytes
+            else:
+                written += entry.nbytes
+        return {"kept": kept, "written": written}
 
 
 @dataclass(frozen=True)

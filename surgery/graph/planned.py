@@ -38,13 +38,14 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Planned(Checkpoint):
-    """`made` says how it would be made; `sources` where its tensors' bytes come from, by file and name. A tensor that
-    a trainer would make has none. `pending`: its tensors cannot be read yet, it serves for planning alone. `written`:
-    it will be made in full, so its content counts and not the work; `known` is what it was when it was last made.
+    """`made` says how it would be made; `sources` where its tensors' bytes come from, by file and then by name. A
+    tensor that a trainer would make has none. `pending`: its tensors cannot be read yet, it serves for planning alone.
+    `written`: it will be made in full, so its content counts and not the work; `known` is what it was when it was last
+    made.
     """
 
     made: PlannedStep | None = None
-    sources: "Mapping[tuple[str, str], Source]" = field(default_factory=dict)
+    sources: "Mapping[str, Mapping[str, Source]]" = field(default_factory=dict)
     pending: bool = False
     written: bool = False
     known: Known | None = None
@@ -119,7 +120,7 @@ def planned_checkpoint(
     for name, weight_map in indexes.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(index_json(name, weight_map, sizes))
-    sources: dict[tuple[str, str], Source] = {}
+    sources: dict[str, dict[str, Source]] = {}
     tensors: dict[str, dict[str, TensorRef]] = {p.part: {} for p in plan.parts}
     files: dict[str, list[str]] = {p.part: [] for p in plan.parts}
     for shard in shards:
@@ -132,7 +133,7 @@ def planned_checkpoint(
             refs[entry.name] = TensorRef(entry.name, entry.dtype, entry.shape, path, offset, count)
         if not written:
             found = sources_of(shard.entries, made.op, made.parents, made.seed)
-            sources |= {(path, e.name): s for e, s in zip(shard.entries, found, strict=True) if s is not None}
+            sources[path] = {e.name: s for e, s in zip(shard.entries, found, strict=True) if s is not None}
     copied = {f.relative for f in plan.files}
     side = tuple(sorted(n for n in copied if not n.endswith(".index.json")))
     own = {n.rpartition("/")[0]: n for n in (*copied, *indexes) if n.endswith(".safetensors.index.json")}

@@ -39,7 +39,6 @@ def plan_shards(
     """
     if plan.mirror is not None and shard_size is None:
         return _mirrored(plan, plan.mirror, key)
-    order = natural_order({e.name for e in plan.entries})
     shards: list[Shard] = []
     indexes: dict[str, dict[str, str]] = {}
     weight_map: dict[str, str]
@@ -56,20 +55,20 @@ def plan_shards(
                 indexes[f"{prefix}{part.base}.safetensors.index.json"] = weight_map
             continue
         limit = plan.regroup or shard_size or SHARD_SIZE
-        entries.sort(key=lambda e: order[e.name])
+        entries.sort(key=lambda e: natural(e.name))
         if sum(e.nbytes for e in entries) <= (limit if plan.regroup else min(SMALL_PART, limit)):
             groups = [sorted(entries, key=lambda e: -DTYPE_BITS[e.dtype])]
         elif plan.regroup:
             groups = list(_cut(entries, limit))
         else:
             groups = list(_groups(entries, shard_size))
-        weight_map = {}
-        for number, group in enumerate(groups, start=1):
-            suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-            name = f"{part.base}{suffix}.safetensors"
+        names = [f"{part.base}-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+        if len(groups) == 1:
+            names = [f"{part.base}.safetensors"]
+        for name, group in zip(names, groups, strict=True):
             shards.append(Shard(_whole_file(prefix + name, group) or _file(prefix + name, group, key), tuple(group)))
-            weight_map |= {e.name: name for e in group}
         if len(groups) > 1:
+            weight_map = {e.name: name for name, group in zip(names, groups, strict=True) for e in group}
             indexes[f"{prefix}{part.base}.safetensors.index.json"] = weight_map
     return shards, indexes
 
@@ -120,11 +119,6 @@ def index_json(name: str, weight_map: Mapping[str, str], sizes: Mapping[str, int
     prefix = f"{name.rsplit('/', 1)[0]}/" if "/" in name else ""
     total = sum(sizes[prefix + tensor] for tensor in weight_map)
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": dict(weight_map)}, indent=2) + "\n").encode()
-
-
-def natural_order(names: Iterable[str]) -> dict[str, int]:
-    """The place of each name in natural order: 2 before 10."""
-    return {name: place for place, name in enumerate(sorted(names, key=natural))}
 
 
 def parse_size(text: str) -> int:
@@ -213,13 +207,14 @@ def _file(relative: str, group: list[Entry], key: str | None) -> PlannedFile:
 
 def _whole_file(relative: str, group: list[Entry]) -> PlannedFile | None:
     """The parent's own header when the group is exactly one file of the parent, so that it can be taken whole."""
+    first = group[0] if group else None
+    if not isinstance(first, Keep) or not os.path.lexists(first.ref.file):
+        return None  # made, or of a step that is never written
     refs = [e.ref for e in group if isinstance(e, Keep) and e.ref.name == e.name and e.ref.offset >= 0]
-    if not refs or len(refs) != len(group) or len({r.file for r in refs}) != 1:
+    if len(refs) != len(group) or len({r.file for r in refs}) != 1:
         return None
     start, size = min(r.offset for r in refs), sum(r.nbytes for r in refs)
     try:
-        if not os.path.lexists(refs[0].file):
-            return None  # of a step that is never written
         with open(refs[0].file, "rb") as handle:
             # Headers may be large: it is parsed only where the group's bytes are all that the file has.
             end = os.fstat(handle.fileno()).st_size

@@ -5,11 +5,10 @@ Inputs: one checkpoint of any kind. Changes: names only; every byte is kept and 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch.carried import full_name, kept, part_names, side_files
-from surgery.arch.patterns import nearest, parse_rule
+from surgery.arch.patterns import folded, nearest, parse_rule
 from surgery.errors import UsageError, printable
 from surgery.graph.op import Compute, Entry, Param, Plan, PlanContext
 from surgery.store.checkpoint import Checkpoint
@@ -46,11 +45,11 @@ class Rename:
         used = dict.fromkeys(self.rule, 0)
         entries: list[Entry] = []
         moved: dict[str, str] = {}
-        taken: dict[tuple[str, str], str] = {}
         for part in base.parts.values():
+            prefix = full_name(part, "")  # of every name in the part
+            taken: dict[str, str] = {}
             for name, ref in part.tensors.items():
-                old = full_name(part, name)
-                new = old
+                new = old = prefix + name
                 for rule in rules:
                     found = rule.rename(old)
                     if found is not None:
@@ -59,15 +58,14 @@ class Rename:
                         break
                 if new != old:
                     moved[old] = new
-                inner = _checked(new, old, f"{part.name}/" if part.name else "")
-                if (part.name, inner) in taken:
-                    other = taken[part.name, inner]
+                inner = _checked(new, old, prefix)
+                if inner in taken:
                     raise UsageError(
                         "collision",
-                        f"'{printable(other)}' and '{printable(old)}' would both be called '{printable(new)}'",
+                        f"'{printable(taken[inner])}' and '{printable(old)}' would both be called '{printable(new)}'",
                         hint="make the patterns tell them apart",
                     )
-                taken[part.name, inner] = old
+                taken[inner] = old
                 entries.append(kept(part, inner, ref))
         for rule in rules:
             if not used[rule.text]:
@@ -109,18 +107,9 @@ def _groups(moved: Mapping[str, str]) -> list[dict[str, Any]]:
     """What was renamed, with numbers in names folded."""
     groups: dict[tuple[str, str], int] = {}
     for old, new in moved.items():
-        pair = (_folded(old), _folded(new))
+        pair = (folded(old), folded(new))
         groups[pair] = groups.get(pair, 0) + 1
     return [{"old": printable(old), "new": printable(new), "count": n} for (old, new), n in groups.items()]
-
-
-def _folded(name: str) -> str:
-    return ".".join(map(_folded_piece, name.split(".")))
-
-
-@lru_cache(4096)
-def _folded_piece(piece: str) -> str:
-    return "{n}" if piece.isdecimal() else piece
 
 
 def _warnings(base: Checkpoint, moved: Mapping[str, str]) -> tuple[str, ...]:

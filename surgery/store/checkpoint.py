@@ -147,7 +147,8 @@ class Checkpoint:
         """Digest of the content: names, dtypes, shapes and bytes; the same for any sharding. A report's is recorded."""
         if self.layout == "report" and self.lineage is not None:
             return str(self.lineage["digest"]).removeprefix("sha256:")
-        return content_digest((n, r.dtype, r.shape, self.tensor_digests[n]) for n, r in self.tensors.items())
+        known = self.tensor_digests
+        return content_digest((n, r.dtype, r.shape, known[n]) for n, r in self.tensors.items())
 
     @property
     def digest_text(self) -> str:
@@ -252,7 +253,7 @@ class Checkpoint:
 
 def content_digest(rows: "Iterable[tuple[str, str, tuple[int, ...], str]]") -> str:
     """sha256 over the sorted (name, dtype, shape, tensor sha256): equal content gives equal digests in any layout."""
-    return digests.canonical_digest(sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in rows))
+    return digests.canonical_digest(sorted(rows))  # names differ, so nothing after them is compared
 
 
 def open_checkpoint(
@@ -324,15 +325,16 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
                 TensorRef(n, s.dtype, s.shape, path, base + s.start, s.stop - s.start)
                 for n, s in header.tensors.items()
             ]
-        for ref in refs:
-            if ref.name in tensors:
-                raise CheckpointError(
-                    "inconsistent",
-                    f"{shown}: '{printable(ref.name)}' is in two files, {in_file[ref.name]} and {relative}",
-                    hint="shards must not share a tensor; write the checkpoint again",
-                )
-            tensors[ref.name] = ref
-            in_file[ref.name] = relative
+        found = {ref.name: ref for ref in refs}
+        if not tensors.keys().isdisjoint(found):
+            name = next(n for n in found if n in tensors)
+            raise CheckpointError(
+                "inconsistent",
+                f"{shown}: '{printable(name)}' is in two files, {in_file[name]} and {relative}",
+                hint="shards must not share a tensor; write the checkpoint again",
+            )
+        tensors |= found
+        in_file |= dict.fromkeys(found, relative)
     if part.weight_map is not None:
         _check_index(part, in_file, shown)
     if part.config is not None:

@@ -120,12 +120,15 @@ def _parse(path: Path, data: bytes, size: int) -> Gguf:
     start = -(-reader.at // alignment) * alignment
     heads = metadata.get(f"{kind}.attention.head_count", 0)
     shared = metadata.get(f"{kind}.attention.head_count_kv", heads)
-    tensors = []
+    tensors, taken = [], set()
     for own, shape, code, offset in rows:
         nbytes = _bytes(path, own, shape, code)
         if start + offset + nbytes > size:
             _bad(path, f"'{printable(own)}' lies past the end of the file")
         name = _name(path, own)
+        if name in taken:
+            _bad(path, f"'{printable(own)}' stands twice")
+        taken.add(name)
         # The llama layout interleaves the two halves of each head for its rotary kernel.
         turned = 0
         if kind == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):

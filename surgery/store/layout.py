@@ -102,6 +102,7 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+@lru_cache(1 << 14)  # every step of a recipe asks again, and models of one family have the same names
 def natural(name: str) -> tuple[str, str]:
     """Sort key that puts `layers.2` before `layers.10`. Only ASCII digits count, and no number is too long for it."""
     # A number sorts before text, a short one before a long one; "1" and "01" are different names all the same.

@@ -67,6 +67,14 @@ def test_a_dry_run_imports_nothing_heavy(tiny_dit: Path) -> None:
     assert imported("graft", "-r", "attn=hyena", tiny_dit, "--dry-run") == []
 
 
+def test_planning_a_recipe_imports_yaml_alone(tiny_dit: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"surgery: 1\ninputs: {{m: {tiny_dit}}}\nsteps: {{a: {{op: cast, from: m, with: {{dtype: bf16}}}}}}\n"
+    )
+    assert imported("plan", recipe, "--json") == ["yaml"]
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = f"import sys, surgery; dir(surgery); print(*(n for n in {HEAVY!r} if n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == []

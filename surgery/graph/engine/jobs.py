@@ -48,7 +48,7 @@ def sources_of(entries: Iterable[Entry], op: Op, parents: Sequence[Checkpoint], 
     for entry in entries:
         if type(entry) is Keep:
             table, ref = planned[entry.parent], entry.ref
-            found.append(ref if table is None else table[ref.file, ref.name])
+            found.append(ref if table is None else table[ref.file][ref.name])
         else:
             found.append(source_of(entry, op, parents, seed))
     return found
@@ -56,7 +56,7 @@ def sources_of(entries: Iterable[Entry], op: Op, parents: Sequence[Checkpoint], 
 
 def _origin(parent: Checkpoint, ref: TensorRef) -> Source:
     fused = isinstance(parent, Planned) and not parent.written
-    return parent.sources[ref.file, ref.name] if fused else ref  # type: ignore[attr-defined]
+    return parent.sources[ref.file][ref.name] if fused else ref  # type: ignore[attr-defined]
 
 
 def plan_jobs(

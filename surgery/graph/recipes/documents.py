@@ -3,7 +3,7 @@
 yaml is imported when a file is read. A key that stands twice is a fault; tags that make objects are not followed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,22 @@ def load_documents(text: str, path: Path, *, several: bool) -> list[tuple[Any, L
                 lines[(*at, index)] = value.start_mark.line + 1
                 walk(value, (*at, index))
 
+    def nodes(loader: yaml.SafeLoader) -> Iterator[Any]:
+        if not several:
+            yield loader.get_single_node()
+            return
+        while loader.check_node():
+            yield loader.get_node()
+
     try:
-        composed = yaml.compose_all(text, Loader=yaml.SafeLoader) if several else [yaml.compose(text, yaml.SafeLoader)]
-        of_documents: list[Lines] = []
-        for node in composed:
+        loader = yaml.SafeLoader(text)
+        found: list[tuple[Any, Lines]] = []
+        for node in nodes(loader):
             lines, visited = {}, set()
             walk(node, ())
-            of_documents.append(lines)
-        # Values are built after the walk, which says more clearly what is wrong with a key.
-        values = list(yaml.safe_load_all(text)) if several else [yaml.safe_load(text)]
-        return list(zip(values, of_documents, strict=True))
+            # The value is built after the walk, which says more clearly what is wrong with a key.
+            found.append((None if node is None else loader.construct_document(node), lines))
+        return found
     except (yaml.YAMLError, ValueError, RecursionError) as err:
         mark = getattr(err, "problem_mark", None)
         line = mark.line + 1 if mark else 1

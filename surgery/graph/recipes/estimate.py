@@ -18,7 +18,8 @@ def node_report(node: Node) -> dict[str, Any]:
     """One step as JSON values: where it stands and why, tensors by how they come to be, bytes and memory."""
     works = node.needed and node.state == "run"
     sources = sources_of(node.plan.entries, node.op, node.parents, node.options.seed)
-    size = sum(e.nbytes for e in node.plan.entries)
+    made = node.plan.bytes_report()
+    size = made["kept"] + made["written"]
     return {
         "name": node.step.name,
         "op": node.step.op,
@@ -34,7 +35,7 @@ def node_report(node: Node) -> dict[str, Any]:
             "written": size if works or (node.needed and node.state == "copy") else 0,
         },
         "peak_memory": _peak(sources, node) if works else 0,
-        "plan": {**node.plan.report, "bytes": node.plan.bytes_report(), "warnings": list(node.plan.warnings)},
+        "plan": {**node.plan.report, "bytes": made, "warnings": list(node.plan.warnings)},
     }
 
 

@@ -120,6 +120,7 @@ def test_it_is_inspected_cast_and_merged(file: Path, command: Callable[..., Any]
         (lambda b: b[:200], "ends early"),
         (lambda b: b[:8] + b"\xff" * 8 + b[16:], "more tensors"),
         (lambda b: b.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"), "no counterpart"),
+        (lambda b: b.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"), "stands twice"),
     ],
 )
 def test_damaged_files_are_refused(damage: Callable[[bytes], bytes], says: str, file: Path, tmp_path: Path) -> None:
