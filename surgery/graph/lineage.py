@@ -70,11 +70,13 @@ def make_record(
     plugin: str | None = None,
     measured: Mapping[str, Any] | None = None,
     hashing: bool = True,
+    claimed: int = 0,
 ) -> dict[str, Any]:
     """The lineage document of a checkpoint about to be published. `tensors` maps full names to sha256; None: one that
     is only a step of a chain and never written, which its key stands for. `measured` is left out of the record's
     digest: sums of floats differ in their last digits from one processor to another. A run without `hashing` leaves
-    tensors and parents without digests, and the record says how many and which."""
+    tensors and parents without digests, and the record says how many and which; `claimed` tensors have those that only
+    the record of a parent says."""
     names = _parent_names(parents)
     edits = [plain(edit) for edit in plan.config_edits]
     ancestors: dict[str, Any] = {}
@@ -116,9 +118,9 @@ def make_record(
         "environment": dict(environment),
         "ancestors": ancestors,
     }
-    if (count := len(undigested(record))) or any(is_unhashed(row["digest"]) for row in record["parents"].values()):
-        unknown = [n for n, row in record["parents"].items() if is_unhashed(row["digest"])]
-        record["undigested"] = {"tensors": count, "parents": unknown}
+    unknown = [n for n, row in record["parents"].items() if is_unhashed(row["digest"])]
+    if (missing := len(undigested(record))) or claimed or unknown:
+        record["undigested"] = {"tensors": missing, "claimed": claimed, "parents": unknown}
     if measured:
         record["measured"] = plain(measured)
     record["record"] = record_digest(record)

@@ -161,6 +161,7 @@ def run_op(
         check = getattr(op, "check", None)
         checked = check(space.folder / "out", plan, parents, report) if check is not None else {}
         environment = run_environment(options)
+        claimed = {n for n, s in sources.items() if isinstance(s, TensorRef) and known.is_claimed(s)}
         record = make_record(
             op=op.name,
             version=op.version,
@@ -176,10 +177,10 @@ def run_op(
             plugin=getattr(op, "plugin", None),
             measured={**measured, **checked},
             hashing=hashing,
+            claimed=len(claimed),
         )
         space.put_file(LINEAGE_FILE, encode(record))
         space.publish()
-    claimed = {n for n, s in sources.items() if isinstance(s, TensorRef) and known.is_claimed(s)}
     for shard in shards:
         rows = {e.name: hashes[n] for e in shard.entries if (n := e.full_name) in hashes and n not in claimed}
         if rows:

@@ -217,8 +217,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]
             yield f"{name} was {_short(then.get(name))}, is {_short(now['params'].get(name))}"
     old: Mapping[str, Any] = before.get("parents") or {}
     for name in dict.fromkeys((*old, *now["parents"])):
-        if old.get(name) != now["parents"].get(name):
-            yield f"'{printable(name)}' is another"
+        rows = old.get(name), now["parents"].get(name)
+        if rows[0] != rows[1]:
+            unsure = any(word in (row or {}) for row in rows for word in ("unhashed", "files"))
+            yield f"'{printable(name)}' is another" + (", or was digested once and once not" if unsure else "")
     if before.get("inputs") != now["inputs"]:
         yield "the data that it reads is another"
 

@@ -24,7 +24,7 @@ from surgery.store import cache
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.digests import cache_folder
 from surgery.store.layout import LINEAGE_FILE
-from surgery.store.record import read_record, undigested
+from surgery.store.record import read_record
 from surgery.store.writer import Workspace, check_target
 
 _STEP_MEMORY = 2 << 30  # bytes that a whole step asks of a machine of the cluster, where nothing else is said
@@ -305,7 +305,7 @@ def _take(node: Node) -> RunResult:
 
 def _remember(scene: Scene, node: Node, result: RunResult) -> None:
     """So that the next run finds it, and can say what was otherwise."""
-    if not undigested(result.record):
+    if "undigested" not in result.record:
         key = result.record["steps"][-1]["key"].removeprefix("sha256:")
         config = open_checkpoint(result.path).config_digest()
         known = cache.Known(result.record["digest"].removeprefix("sha256:"), config, str(result.path.absolute()))

@@ -236,6 +236,23 @@ def test_a_result_without_digests_is_no_equal_result(command: Run, base: Path, t
     assert shown["undigested"] == 0
 
 
+def test_a_result_whose_digests_are_a_record_s_word_is_not_remembered(
+    command: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok(command("slice", "base", "--layers", "0-4", "-o", "short", "-q"))
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "elsewhere"))
+    text = "surgery: 1\ninputs: {short: short}\nsteps:\n  out: {op: slice, from: short, with: {layers: 0-3}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    for out in ("a", "b"):
+        ok(command("run", "r.yaml", "--hash", "header", "-o", out))
+        assert record(out)["digest"].startswith("sha256:") and record(out)["undigested"]["claimed"]
+        key = record(out)["steps"][-1]["key"].removeprefix("sha256:")
+        assert cache.recall(key) is None
+    assert "'short' is another, or was digested once and once not" in ok(command("plan", "r.yaml", "-o", "c")).stdout
+    ok(command("run", "r.yaml", "-o", "c"))
+    assert "undigested" not in record("c") and record("c")["digest"] == record("a")["digest"]
+
+
 def test_steps_that_go_to_the_cache_are_digested(command: Run, base: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(SHARED)
     shown = json.loads(ok(command("run", "r.yaml", "--hash", "header", "--json")).stdout)

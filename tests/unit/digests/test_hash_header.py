@@ -99,7 +99,7 @@ def test_nothing_is_hashed_for_the_record_alone(foreign: Path, tmp_path: Path, h
     assert values(tmp_path / "a") == values(tmp_path / "b")
     assert undigested(full.record) == [] and "undigested" not in full.record
     count = len(header.record["tensors"])
-    assert header.record["undigested"] == {"tensors": count, "parents": ["foreign"]}
+    assert header.record["undigested"] == {"tensors": count, "claimed": 0, "parents": ["foreign"]}
     assert all(set(row) == {"dtype", "shape"} for row in header.record["tensors"].values())
 
 
@@ -222,6 +222,7 @@ def test_a_record_is_believed_and_its_digests_are_passed_on_but_not_kept(
     assert {n: r["sha256"] for n, r in rows.items()} == {n: made.record["tensors"][n]["sha256"] for n in rows}
     (parent,) = result.record["parents"].values()
     assert (parent["digest"], parent["digested_by"]) == (made.record["digest"], "its own record")
+    assert result.record["undigested"] == {"tensors": 0, "claimed": len(rows), "parents": []}
     assert digests.lookup(str(tmp_path / "out" / WEIGHTS)) is None  # nobody here has hashed it
     assert verify(open_checkpoint(tmp_path / "out")) == []
 
