@@ -119,7 +119,7 @@ def probe_layers(
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
     what = how | {"metric": metric, "ablate": ablate, "module": module, "dtype": dtype, "attn": attn}
-    what |= {"max_new_tokens": max_new_tokens if metric == "acc" else None}
+    what |= _scoring(metric, max_new_tokens)
     keeping = _kept(records, "probe-layers", what, items, host, other, resume, overwrite)
     with keeping as kept, output.Progress() as report:
         profile = probe(
@@ -222,7 +222,7 @@ def sweep_merge(
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
     measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
     what = how | {"metric": metric, "dtype": dtype, "attn": attn}
-    what |= {"max_new_tokens": max_new_tokens if metric == "acc" else None}
+    what |= _scoring(metric, max_new_tokens)
     keeping = _kept(records, "sweep-merge", what, items, vlm, llm, resume, overwrite)
     with keeping as kept, output.Progress() as report:
         found = sweep(loaded, measured, metric, llm, shares, chosen, name=vlm.name, done=kept, report=report)
@@ -285,6 +285,13 @@ def _items(data: Path, limit: int | None, seed: int, group_by: str | None) -> li
     items = read_items(data, limit=limit, seed=seed)
     check_groups(items, [group_by] if group_by else [])
     return items
+
+
+def _scoring(metric: str, max_new_tokens: int) -> dict[str, Any]:
+    """What accuracies depend on and likelihoods do not."""
+    from surgery.evals.vqa.evaluate import RULES
+
+    return {"max_new_tokens": max_new_tokens, "rules": RULES} if metric == "acc" else {}
 
 
 @contextmanager

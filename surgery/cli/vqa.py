@@ -67,6 +67,11 @@ def eval_vqa(
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     base = open_source(model, offline=offline)
     if backend != "local":
+        for option, value in (("--data", data), ("--group-by", group_by), ("--resume", resume or None)):
+            if value is not None:
+                raise UsageError(
+                    option.removeprefix("--"), f"{option} is for the local runner", hint=f"{backend} has its own data"
+                )
         _elsewhere(backend, base, tasks, out, batch, limit, device, checkout, dry_run=dry_run, as_json=as_json)
         return
     if data is None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import UsageError
+from surgery.errors import UsageError, printable
 from surgery.evals.intervals import mcnemar, paired_bootstrap, paired_score
 from surgery.evals.records import read_records
 from surgery.evals.vqa.evaluate import split
@@ -21,6 +21,14 @@ def compare_files(a: Path, b: Path, *, group_by: Sequence[str] = (), seed: int =
     one, two = read_records(a), read_records(b)
     if one.kind != two.kind:
         raise UsageError("compare", f"{a} holds {one.kind}, {b} {two.kind}", hint="compare results of one kind")
+    for file in (one, two):
+        for name, row in file.rows.items():
+            if not {"correct", "extracted", "answer"} <= row.keys():
+                raise UsageError(
+                    "compare",
+                    f"{file.path}: item '{printable(name)}' says nothing of right or wrong; it holds {file.kind}",
+                    hint="compare what surgery eval vqa wrote",
+                )
     shared = [name for name in one.rows if name in two.rows]
     if not shared:
         raise UsageError("compare", f"{a} and {b} have no item in common", hint="evaluate both on the same data")

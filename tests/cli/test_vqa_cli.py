@@ -140,6 +140,9 @@ def test_compare_says_what_else_differs_and_refuses_other_questions(command: Run
     records(b, {"77": True})
     error(command("eval", "compare", a, b), "usage.compare")
     error(command("eval", "compare", a, tmp_path / "gone.jsonl"), "checkpoint.unreadable")
+    head = json.dumps({"surgery_records": 1, "kind": "probe-layers", "settings": {}})
+    b.write_text(head + "\n" + json.dumps({"id": "0", "values": [1.0]}) + "\n")
+    assert "it holds probe-layers" in error(command("eval", "compare", b, b), "usage.compare")
 
 
 def test_other_harnesses_get_exact_commands(command: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -160,6 +163,8 @@ def test_other_harnesses_get_exact_commands(command: Run, tiny_llava: Path, tmp_
     assert error_line.code == 5 and "error[resource.missing-package]" in error_line.stderr
     error(command("eval", "vqa", tiny_llava, "--backend", "vlmevalkit", "--tasks", "MMStar"), "usage.backend")
     error(command("eval", "vqa", tiny_llava, "--backend", "lmms-eval"), "usage.tasks")
+    local = ("--tasks", "mmstar", "--data", "q.jsonl")
+    error(command("eval", "vqa", tiny_llava, "--backend", "lmms-eval", *local), "usage.data")
     error(command("eval", "vqa", tiny_llava, "--backend", "helm", "--tasks", "x"), "usage.backend")
 
 
@@ -189,4 +194,7 @@ def test_vlmevalkit_gets_its_config_and_runs_from_a_checkout(command: Run, tiny_
     ended = command(*args, "--tasks", "MMStar")
     assert (ended.code, ended.stdout) == (0, "out\n"), ended.stderr
     assert command(*args, "--tasks", "MathVista_MINI").code == 1
+    renamed = Path(shutil.copytree(model, tmp_path / "llava-34b"))
+    told = command("eval", "vqa", renamed, "--backend", "vlmevalkit", "--tasks", "MMStar", "--dry-run", "-o", "x")
+    assert "chooses it by '34b' in the path" in told.stderr
     error(command(*args, "--tasks", "Unheard"), "usage.tasks")

@@ -13,7 +13,7 @@ from surgery.errors import UsageError
 from surgery.evals.intervals import paired_bootstrap, paired_score
 from surgery.evals.layers.measures import Kept, Measure
 from surgery.evals.layers.weights import OtherTower, ablation, tower_of
-from surgery.evals.vqa.rows import Item
+from surgery.evals.vqa.rows import Item, values_of
 from surgery.store.checkpoint import Checkpoint
 
 Report = Callable[[str, Mapping[str, float]], None]
@@ -94,7 +94,8 @@ def groups(items: Sequence[Item], field: str | None) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     if field is not None:
         for place, item in enumerate(items):
-            found.setdefault(f"{field}={item.groups.get(field, '-')}", []).append(place)
+            for value in values_of(item.groups, field):
+                found.setdefault(f"{field}={value}", []).append(place)
     return {"all": list(range(len(items))), **dict(sorted(found.items()))}
 
 

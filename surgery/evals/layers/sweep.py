@@ -18,7 +18,7 @@ from surgery.evals.layers.measures import Kept, Measure
 from surgery.evals.layers.profile import difference, groups
 from surgery.evals.layers.selections import Selection
 from surgery.evals.layers.weights import OtherTower, Tower, kept, tower_of
-from surgery.evals.vqa.rows import Item
+from surgery.evals.vqa.rows import Item, values_of
 from surgery.store.checkpoint import Checkpoint
 
 Report = Callable[[str, Mapping[str, float]], None]
@@ -98,9 +98,10 @@ def split_items(
     import random
 
     dev: set[int] = set()
-    parts = {k: v for k, v in groups(items, field).items() if k != "all" or field is None}
-    for places in parts.values():
-        order = list(places)
+    parts: dict[str, list[int]] = {}
+    for place, item in enumerate(items):  # one of several values tells enough: each item is drawn once
+        parts.setdefault(values_of(item.groups, field)[0] if field is not None else "all", []).append(place)
+    for order in parts.values():
         random.Random(seed).shuffle(order)
         dev |= set(order[: round(share * len(order))])
     rest = [i for i in range(len(items)) if i not in dev]

@@ -119,6 +119,9 @@ def delegate(
         "model": {base.path.resolve().name: {"class": _VLMEVALKIT[kind], "model_path": folder}},
         "data": {task: {"class": _dataset_class(task), "dataset": task} for task in tasks},
     }
+    picked = [word for word in ("34b", "interleave") if kind.startswith("LlavaNext") and word in folder.lower()]
+    if picked:
+        judge = (*judge, f"another processor: VLMEvalKit chooses it by '{picked[0]}' in the path {folder}")
     file = out / "vlmevalkit.json"
     start = [str(checkout / "run.py")] if checkout is not None else ["-m", "vlmeval.run"]
     words = [sys.executable, *start, "--config", str(file), "--work-dir", str(out)]

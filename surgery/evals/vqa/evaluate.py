@@ -9,12 +9,12 @@ from surgery.evals.intervals import wilson
 from surgery.evals.records import Records, fingerprint
 from surgery.evals.vqa.answers import extract, is_right
 from surgery.evals.vqa.prompts import check_images, render
-from surgery.evals.vqa.rows import Item
+from surgery.evals.vqa.rows import Item, values_of
 from surgery.store.checkpoint import Checkpoint
 
 Report = Callable[[str, Mapping[str, float]], None]
 KIND = "vqa"
-RULES = 1  # of extraction and scoring; goes up when they give other results, so that records are never mixed
+RULES = 2  # of extraction and scoring; goes up when they give other results, so that records are never mixed
 
 
 def evaluate(
@@ -123,13 +123,14 @@ def summary(records: Sequence[Mapping[str, Any]], group_by: Sequence[str] = ()) 
 
 
 def split(records: Sequence[Mapping[str, Any]], field: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Records by the value of a field, in sorted order; those without it under "-"."""
+    """Records by the values of a field, in sorted order, one with a list under each; those without it under "-"."""
     known = sorted({key for row in records for key in row.get("groups", {})})
     if field not in known:
         raise UsageError("group", f"no item has a field '{field}'", hint=closest(field, known) if known else "")
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in records:
-        found.setdefault(str(row.get("groups", {}).get(field, "-")), []).append(row)
+        for value in values_of(row.get("groups", {}), field):
+            found.setdefault(value, []).append(row)
     return dict(sorted(found.items()))
 
 

@@ -2,7 +2,8 @@
 
 JSON lines: `question`, `answer`, optionally `id`, `image` (a path beside the file, base64, or a list of them),
 `choices` (a list), `answer_type` (choice, integer, float, string, list), `precision` (decimals that count); every
-other short field is one that results can be grouped by. Tables (.tsv): `index`, `image` (base64, a list of them, or the
+other short field is one that results can be grouped by, a list of texts (`skills`) puts an item into several groups. A
+.json file holds the same objects in one list. Tables (.tsv): `index`, `image` (base64, a list of them, or the
 index of the row that has it) or `image_path`, `question`, `answer`, and for choices the columns A, B, C, … or
 `choices`. Standard library only; pictures are opened when they are needed, with Pillow.
 """
@@ -12,6 +13,7 @@ import binascii
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, ResourceError, UsageError, printable
+from surgery.evals.vqa.numbers import last_number
 
 TYPES = ("choice", "integer", "float", "string", "list")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OWN = {
-    "id", "index", "image", "image_path", "question", "answer", "choices", "answer_type", "answer_option", "precision",
-    "question_type", "split", "hint",
+    "id", "index", "image", "image_path", "question", "answer", "choices", "answer_option", "precision", "split",
+    "hint",
 }  # fmt: skip
+Groups = Mapping[str, str | tuple[str, ...]]
 _LONGEST_GROUP = 80
 _MAX_BYTES = 20_000_000_000
 
@@ -41,7 +45,7 @@ class Item:
     choices: tuple[str, ...] = ()
     answer_type: str = "string"
     precision: int | None = None
-    groups: Mapping[str, str] = field(default_factory=dict)
+    groups: Groups = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,19 @@ class Picture:
         try:
             with Image.open(io.BytesIO(self.content())) as picture:
                 return picture.convert("RGB")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as err:
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError, SyntaxError) as err:
+            what = "" if isinstance(err, UnidentifiedImageError) else f" ({printable(str(err), limit=80)})"
+            shown = f" {self.path}:" if self.path is not None else ""
             raise CheckpointError(
-                "no-image", f"{self.where}: not an image ({printable(str(err), limit=80)})", hint="check the data"
+                "no-image", f"{self.where}:{shown} not an image that Pillow reads{what}", hint="check the data"
             ) from None
+
+    def check(self) -> None:
+        """Raise CheckpointError where the file is not there, before any work."""
+        if self.path is not None and not self.path.is_file():
+            raise CheckpointError(
+                "no-image", f"{self.where}: no file {self.path}", hint="image paths start beside the data file"
+            )
 
 
 def read_items(path: Path, *, limit: int | None = None, seed: int = 0) -> list[Item]:
@@ -89,7 +102,7 @@ def read_items(path: Path, *, limit: int | None = None, seed: int = 0) -> list[I
     naming the row and field that is wrong, UsageError for another kind of file.
     """
     if path.suffix not in (".jsonl", ".json", ".tsv"):
-        raise UsageError("data", f"{path}: questions come as .jsonl or .tsv", hint="one JSON object a line")
+        raise UsageError("data", f"{path}: questions come as .jsonl, .json or .tsv", hint="one JSON object a line")
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UsageError("data", f"{path}: larger than {_MAX_BYTES:,} bytes", hint="split the file")
@@ -106,24 +119,37 @@ def read_items(path: Path, *, limit: int | None = None, seed: int = 0) -> list[I
         if item.id in seen:
             raise CheckpointError("bad-item", f"{path}: id '{printable(item.id)}' twice", hint="ids must be unique")
         seen.add(item.id)
-    if limit is None or limit >= len(items):
-        return items
-    import random
+    if limit is not None and limit < len(items):
+        import random
 
-    order = list(range(len(items)))
-    random.Random(seed).shuffle(order)
-    return [items[i] for i in sorted(order[:limit])]
+        order = list(range(len(items)))
+        random.Random(seed).shuffle(order)
+        items = [items[i] for i in sorted(order[:limit])]
+    for item in items:
+        for picture in item.images:
+            picture.check()
+    return items
+
+
+def _objects(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
+    """(where it stands, its number, value) of every line of .jsonl, or of every item of a .json file's list."""
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            listed = json.loads(text)
+        except (ValueError, RecursionError):
+            raise CheckpointError("malformed", f"{path}: not a JSON list", hint="check it, or use .jsonl") from None
+        yield from ((f"{path}, item {n}", n, row) for n, row in enumerate(listed, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield f"{path}, line {number}", number, None
 
 
 def _from_lines(path: Path, text: str) -> Iterator[Item]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+    for where, number, row in _objects(path, text):
         if not isinstance(row, dict):
             raise CheckpointError("bad-item", f"{where}: not a JSON object", hint="one JSON object a line")
         listed = row.get("choices")
@@ -198,9 +224,14 @@ def _pictures(where: str, file: Path, named: Iterable[Any]) -> tuple[Picture, ..
 def _item(
     where: str, row: Mapping[str, Any], number: str, choices: list[str], images: tuple[Picture, ...], first: str
 ) -> Item:
-    name, question, answer = row.get("id", row.get("index", number)), row.get("question"), row.get("answer")
+    question, answer = row.get("question"), row.get("answer")
+    name = next((n for n in (row.get("id"), row.get("index"), number) if n not in (None, "")), number)
+    if isinstance(name, list | dict | bool):
+        raise CheckpointError("bad-item", f"{where}: the id is no text and no number", hint="leave it out, or name it")
     if not isinstance(question, str) or not question.strip():
         raise CheckpointError("bad-item", f"{where}: no question", hint="every row has a text field 'question'")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise CheckpointError("bad-item", f"{where}: the answer is {answer}", hint="a finite number, or a text")
     if answer is None or isinstance(answer, bool | dict) or (isinstance(answer, str) and not answer.strip()):
         raise CheckpointError("bad-item", f"{where}: no answer", hint="every row has a field 'answer'")
     shown = json.dumps(answer) if isinstance(answer, list) else str(answer).strip()
@@ -216,15 +247,34 @@ def _item(
         shown = _letter(where, shown, str(row.get("answer_option") or "").strip(), choices, first)
     elif choices:
         kind, shown = "choice", _letter(where, shown, str(row.get("answer_option") or "").strip(), choices, first)
+    if kind in ("integer", "float") and last_number(shown) is None:
+        raise CheckpointError(
+            "bad-item",
+            f"{where}: answer_type is {kind}, and the answer '{printable(shown, limit=40)}' holds no number",
+            hint="answer_type: string",
+        )
     groups = {
-        key: str(value)
+        key: found
         for key, value in row.items()
-        if key not in _OWN
-        and not (key in LETTERS and choices)
-        and isinstance(value, str | int | float)
-        and 0 < len(str(value)) <= _LONGEST_GROUP
+        if key not in _OWN and not (key in LETTERS and choices) and (found := _group(value))
     }
     return Item(str(name), question, shown, images, tuple(choices), kind, _precision(where, row, kind, shown), groups)
+
+
+def _group(value: Any) -> str | tuple[str, ...] | None:
+    """A field's value to group by; several for a list of short texts, also one written in a table's cell."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        value = _listed(value)
+    if isinstance(value, list):
+        found = tuple(str(v) for v in value if isinstance(v, str | int | float) and 0 < len(str(v)) <= _LONGEST_GROUP)
+        return found or None
+    return str(value) if isinstance(value, str | int | float) and 0 < len(str(value)) <= _LONGEST_GROUP else None
+
+
+def values_of(groups: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """The groups of one field that an item or a record is in; "-" without the field."""
+    value = groups.get(field, "-")
+    return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
 
 
 def _type_of(answer: Any, shown: str) -> str:

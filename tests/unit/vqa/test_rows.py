@@ -93,6 +93,10 @@ BAD = {
     "choice without choices": ({"question": "q", "answer": "A", "answer_type": "choice"}, "0 choices"),
     "bad precision": ({"question": "q", "answer": "1.5", "precision": "two"}, "precision two"),
     "image a number": ({"question": "q", "answer": "a", "image": [3]}, "image is no path"),
+    "image not there": ({"question": "q", "answer": "a", "image": "gone.png"}, "no file"),
+    "answer not a number": ({"question": "q", "answer": float("nan")}, "the answer is nan"),
+    "answer of another type": ({"question": "q", "answer": "red", "answer_type": "integer"}, "holds no number"),
+    "id a list": ({"id": [1], "question": "q", "answer": "a"}, "the id is no text"),
 }
 
 
@@ -118,9 +122,36 @@ def test_ids_are_unique_and_files_are_files(tmp_path: Path) -> None:
             read_items(tmp_path / name)
 
 
+def test_a_json_file_holds_a_list(tmp_path: Path) -> None:
+    rows = [{"id": None, "question": "q", "answer": "a"}, {"id": "", "question": "q", "answer": "b"}]
+    (tmp_path / "q.json").write_text(json.dumps(rows, indent=1))
+    assert [(i.id, i.answer) for i in read_items(tmp_path / "q.json")] == [("1", "a"), ("2", "b")]
+    (tmp_path / "q.json").write_text(json.dumps([rows[0], 3]))
+    with pytest.raises(CheckpointError, match="item 2: not a JSON object"):
+        read_items(tmp_path / "q.json")
+
+
+def test_a_list_puts_an_item_into_several_groups(tmp_path: Path) -> None:
+    from surgery.evals.layers.profile import groups
+    from surgery.evals.vqa.evaluate import judged, summary
+
+    (tmp_path / "q.tsv").write_text(
+        "index\tquestion\tanswer\tskills\tquestion_type\n1\tq\t1\t['algebra', 'statistics']\tfree_form\n"
+        "2\tq\t2\t['algebra']\tfree_form\n3\tq\t3\t\tfree_form\n"
+    )
+    items = read_items(tmp_path / "q.tsv")
+    assert items[0].groups == {"skills": ("algebra", "statistics"), "question_type": "free_form"}
+    rows = json.loads(json.dumps([judged(item, "1") for item in items]))
+    by_skill = summary(rows, ["skills"])["groups"]["skills"]
+    assert {k: (v["n"], v["correct"]) for k, v in by_skill.items()} == {
+        "-": (1, 0), "algebra": (2, 1), "statistics": (1, 1)
+    }  # fmt: skip
+    assert groups(items, "skills")["skills=algebra"] == [0, 1]
+
+
 def test_pictures_that_are_none_are_refused_when_opened(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
-    for image in ("gone.png", "text.png", "!" * 2000, text_of(b"no picture at all, only some text here")):
+    for image in ("text.png", "!" * 2000, text_of(b"no picture at all, only some text here")):
         (item,) = read_items(lines(tmp_path / "q.jsonl", {"question": "q", "answer": "a", "image": image}))
         with pytest.raises(SurgeryError) as caught:
             item.images[0].open()

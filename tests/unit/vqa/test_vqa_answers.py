@@ -41,6 +41,10 @@ CHOICES: dict[str, str | None] = {
     "E": None,
     "I am sure": None,
     "It is a cat or a dog": None,
+    "<think>A or B</think>\nC": "C",
+    "<answer>(B)</answer>": "B",
+    "答案是B": "B",
+    "A dog, not a cat.": "B",
 }
 
 
@@ -64,7 +68,39 @@ NUMBERS: dict[str, str | None] = {
     "\\frac{3}{4}": "0.75",
     "\\boxed{\\dfrac{-1}{2}}": "-0.5",
     "so $x=5$": "5",
-    "The answer is 12 because 3*4 is 12 and not 13": "13",
+    "The answer is 12 because 3*4 is 12 and not 13": "12",
+    "The answer is 3 + 4 = 7.": "7",
+    "7 cm": "7",
+    "7.5kg": "7.5",
+    "10 m^2": "10",
+    "5 m/s^2": "5",
+    "\\boxed{5 \\, \\text{cm}^2}": "5",
+    "90^{\\circ}": "90",
+    "1.2 \\times 10^{3}": "1200",
+    "1.2 x 10^-1": "0.12",
+    "1\\,234": "1234",
+    "\\boxed{1{,}234}": "1234",
+    "3 1/2": "3.5",
+    "3\\frac{1}{2}": "3.5",
+    "\\frac12": "0.5",
+    "so -\\frac{1}{2}": "-0.5",
+    "\\boxed{x = -5}": "-5",
+    "\\boxed{2\\sqrt{3}}": "3.46410161513775",
+    "\\frac{\\sqrt{9}}{2}": "1.5",
+    "\\sqrt[3]{27}": "3",
+    "\\boxed{\\sqrt{-1}}": "-1",  # no number; the last digits are taken, and are wrong
+    "2^{10}": "1024",
+    "9^9^9^9": "387420489",
+    "x_1 = 5": "5",
+    "There are three dogs.": "3",
+    "Twenty-one": "21",
+    "three hundred": None,
+    "two or three": None,
+    "No one is there": None,
+    "one": "1",
+    "<think>7 or 8</think>9": "9",
+    "<answer>5</answer> (of 6)": "5",
+    "It is the 3D one": None,
     "The answer is 12.\nThree times 4.": "12",
     "Answer: 0.5 m": "0.5",
     "\\boxed{42} and 17": "42",
@@ -110,6 +146,28 @@ def test_numbers(response: str) -> None:
         ("list", "[1, 2, 3]", None, "[3, 2, 1]", False),
         ("list", "[1, 2]", None, "[1, 2, 3]", False),
         ("list", "['a', 'b']", None, "[a, B]", True),
+        ("list", "[1, 2]", None, "The answer is 1, 2.", True),
+        ("list", "[1, 2]", None, "1 and 2", True),
+        ("list", "[1, 2]", None, "\\boxed{\\{1, 2\\}}", True),
+        ("list", "[1, 2]", None, "Answer: [1, 2], since [3, 4] fails", True),
+        ("list", "[[1, 2], [3, 4]]", None, "[[1,2],[3,4]]", True),
+        ("list", "[[1, 2], [3, 4]]", None, "[[1,2,3],[4]]", False),
+        ("list", "[0.5, 1]", None, "[\\frac{1}{2}, 1.0]", True),
+        ("string", "yes", None, "Yes, it is red.", True),
+        ("string", "yes", None, "No.", False),
+        ("string", "St. Louis", None, "The answer is St. Louis. It is big.", True),
+        ("string", "Paris", None, "I think it's Paris", True),
+        ("string", "Paris", None, "It\u2019s \u201cParis\u201d.", True),
+        ("string", "\\frac{1}{2}", None, "\\boxed{\\frac12}", True),
+        ("string", "1/2", None, "0.5", True),
+        ("string", "2\\sqrt{2}", None, "\\sqrt{8}", True),
+        ("string", "5 cm", None, "5cm", True),
+        ("string", "5 cm", None, "5", False),
+        ("string", "7", None, "seven", True),
+        ("integer", "-3", None, "\\boxed{-3}", True),
+        ("integer", "1000", None, "1,000 people", True),
+        ("float", "1.73", 2, "\\boxed{\\sqrt{3}}", True),
+        ("float", "0.5", 1, "50%", False),
     ],
 )
 def test_what_counts_as_right(kind: str, answer: str, precision: int | None, said: str, right: bool) -> None:
@@ -117,7 +175,13 @@ def test_what_counts_as_right(kind: str, answer: str, precision: int | None, sai
     assert is_right(asked, extract(asked, said)) is right
 
 
+def test_an_equal_choice_under_another_letter_is_right() -> None:
+    asked = item("choice", "A", choices=("red", "blue", "red"))
+    assert is_right(asked, "C") and not is_right(asked, "B") and not is_right(asked, "Z")
+
+
 def test_what_is_not_found_is_wrong() -> None:
+    assert extract(item("string", "x"), "So, the answer is") is None
     assert not is_right(item("string", "None"), None)
     assert extract(item("list", "[1]"), "no list") is None
 
@@ -151,6 +215,14 @@ def test_hostile_lengths_end_soon() -> None:
         "1," * 100_000,
         "[" * 100_000,
         " " * 99_999 + "x",
+        "sqrt{" * 20_000,
+        "frac{1+" * 20_000,
+        "9^" * 40_000,
+        "\\frac{1}{" * 10_000,
+        "1 1/" * 30_000,
+        "one " * 30_000,
+        "<answer>" * 20_000,
+        "x" * 100_000 + "=5",
     ):
         for kind in ("choice", "integer", "string", "list"):
             extract(item(kind, "A", choices=PETS if kind == "choice" else ()), text)
