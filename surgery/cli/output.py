@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NoReturn, TextIO
 from surgery.errors import OutputError, SurgeryError, printable
 
 _LINE_BREAKS_KEPT = str.maketrans({c: f"\\x{c:02x}" for c in (*range(10), *range(11, 32), 127, *range(0x80, 0xA0))})
+_FOLDED = 20  # texts that are longer may be folded
 
 
 class Talk:
@@ -49,13 +51,18 @@ def error(err: SurgeryError) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bool = False) -> None:
-    """A table: drawn by rich on a terminal, aligned plain columns elsewhere. Numbers align right."""
+    """A table: drawn by rich on a terminal, aligned plain columns elsewhere. Numbers align right.
+
+    On a narrow terminal long texts are folded; where that is not enough, columns are plain and the terminal breaks the
+    lines, since a number that is cut short says something else.
+    """
     cells = [[_cell(c) for c in row] for row in rows]
     right = [bool(cells) and all(_is_number(row[i]) for row in cells if row[i]) for i in range(len(header))]
     stream = sys.stderr if to_stderr else sys.stdout
     if to_stderr and Talk.quiet:
         return
-    if stream.isatty() and "NO_COLOR" not in os.environ:
+    widths = [max(len(r[i]) for r in [list(header), *cells]) for i in range(len(header))]
+    if stream.isatty() and "NO_COLOR" not in os.environ and _least(widths, right) <= shutil.get_terminal_size().columns:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
@@ -63,17 +70,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bo
 
         drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
         for title, is_right in zip(header, right, strict=True):
-            drawn.add_column(title, justify="right" if is_right else "left")
+            long = not is_right and widths[len(drawn.columns)] > _FOLDED
+            drawn.add_column(title, justify="right" if is_right else "left", no_wrap=not long, overflow="fold")
         for row in cells:
             drawn.add_row(*(Text(c) for c in row))
         Console(file=stream).print(drawn)
         return
-    widths = [max(len(r[i]) for r in [list(header), *cells]) for i in range(len(header))]
     lines = []
     for row in [list(header), *cells]:
         padded = (c.rjust(w) if is_right else c.ljust(w) for c, w, is_right in zip(row, widths, right, strict=True))
         lines.append("  ".join(padded).rstrip() + "\n")
     _write(stream, "".join(lines))
+
+
+def _least(widths: Sequence[int], right: Sequence[bool]) -> int:
+    """How wide a table is at least, with its long texts folded."""
+    return sum(w if is_right else min(w, _FOLDED) for w, is_right in zip(widths, right, strict=True)) + 3 * len(widths) + 1
 
 
 def count(n: float, unit: str = "") -> str:
