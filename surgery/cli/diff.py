@@ -8,7 +8,7 @@ import typer
 
 from surgery.cli import output
 from surgery.cli.operation import open_source
-from surgery.errors import Different, UsageError, printable
+from surgery.errors import Different, UsageError, closest, printable
 from surgery.graph.diff import BlockDiff, Comparison, TensorDiff, block_of, compare
 
 _SHOWN = 10  # names of one kind in a table of words; --json lists all
@@ -30,6 +30,9 @@ def diff(
         str | None,
         typer.Option("--base", metavar="MODEL", help="What A and B came from: how each moved, by layer and group."),
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="With --base: what a merge would be stored as [default: as A].")
+    ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave configs and other files out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
@@ -50,8 +53,13 @@ def diff(
     """
     output.Talk.quiet = quiet
     if base is not None:
-        _moves(a, b, base, as_json=as_json, offline=offline)
+        for option, given in (("stat", stat), ("tensors", tensors), ("tol", tol), ("weights-only", weights_only)):
+            if given not in (None, False):
+                raise UsageError(option, f"--{option} does not go with --base", hint="--json gives every number")
+        _moves(a, b, base, dtype, as_json=as_json, offline=offline)
         return
+    if dtype is not None:
+        raise UsageError("dtype", "--dtype goes with --base", hint="say what A and B came from")
     if tol is not None and not (math.isfinite(tol) and tol >= 0):
         raise UsageError("tol", f"--tol {tol}: not a distance", hint="0 compares values, leave it out for bytes")
     if a == b == "-":
@@ -77,19 +85,24 @@ def diff(
     raise Different(
         "differs",
         f"{found.names[0]} and {found.names[1]} differ: {_sentence(found)}",
-        hint="--tensors lists every one" if found.beyond and not tensors else "",
+        hint="--tensors lists every one" if found.beyond and not tensors else _elsewhere(found),
     )
 
 
-def _moves(a: str, b: str, base: str, *, as_json: bool, offline: bool) -> None:
+def _moves(a: str, b: str, base: str, dtype: str | None, *, as_json: bool, offline: bool) -> None:
     """Host and donor against their base."""
+    from surgery.arch.carried import FLOATS, SHORT_FLOATS
     from surgery.arch.merging.difference import compare_towers
+
+    stored = FLOATS.get(SHORT_FLOATS.get(dtype, dtype)) if dtype is not None else None
+    if dtype is not None and stored is None:
+        raise UsageError("dtype", f"--dtype {printable(dtype)}: unknown", hint=closest(dtype, list(FLOATS)))
 
     if [a, b, base].count("-") > 1:
         raise UsageError("stdin", "only one of them can be -", hint="name the others")
     host, donor, origin = (open_source(name, offline=offline) for name in (a, b, base))
     with output.Progress() as report:
-        found = compare_towers(host, donor, origin, report=report)
+        found = compare_towers(host, donor, origin, dtype=stored, report=report)
     if as_json:
         output.data_json(found)
         return
@@ -98,6 +111,13 @@ def _moves(a: str, b: str, base: str, *, as_json: bool, offline: bool) -> None:
     output.table(header, [["" if v is None else v for v in row.values()] for row in rows])
     spark = _spark([row["cosine"] for row in found["layers"] if isinstance(row["where"], int)])
     output.note(f"cosine of both moves by layer: {spark}  (-1 to 1)")
+
+
+def _elsewhere(found: Comparison) -> str:
+    """What else to do where no name is in both."""
+    if found.equal or found.rows or found.renamed or not (found.missing and found.added):
+        return ""
+    return "no name is in both; --base MODEL compares the language towers of two models wherever they lie"
 
 
 def _spark(values: list[float | None]) -> str:

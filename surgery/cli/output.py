@@ -85,7 +85,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bo
 
 def _least(widths: Sequence[int], right: Sequence[bool]) -> int:
     """How wide a table is at least, with its long texts folded."""
-    return sum(w if is_right else min(w, _FOLDED) for w, is_right in zip(widths, right, strict=True)) + 3 * len(widths) + 1
+    return (
+        sum(w if is_right else min(w, _FOLDED) for w, is_right in zip(widths, right, strict=True)) + 3 * len(widths) + 1
+    )
 
 
 def count(n: float, unit: str = "") -> str:

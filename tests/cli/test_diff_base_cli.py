@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vlm_pairs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def test_the_statistics_are_their_definitions(command: Callable[..., Any], tmp_path: Path) -> None:
@@ -37,6 +37,34 @@ def test_the_statistics_are_their_definitions(command: Callable[..., Any], tmp_p
     assert [g["where"] for g in found["groups"]] == ["attn", "final-norm", "mlp", "norms"]
     table = command("diff", pair.host, pair.donor, "--base", pair.base)
     assert table.code == 0 and "opposed" in table.stdout and len(table.stdout.splitlines()) == 1 + 5 + 4 + 1
+
+
+def test_the_dtype_that_is_asked_about_decides_what_arrives(command: Callable[..., Any], tmp_path: Path) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, "qwen2_vl")
+    seen = {}
+    for dtype in ("bf16", "float16", "float32"):
+        ended = command("diff", pair.host, pair.donor, "--base", pair.base, "--dtype", dtype, "--json")
+        norms = next(g for g in json.loads(ended.stdout)["groups"] if g["where"] == "norms")
+        seen[dtype] = norms["transfer"]
+    assert seen["bf16"] < 0.8 < seen["float16"] and seen["float32"] == pytest.approx(1, abs=1e-4)
+    same = json.loads(command("diff", pair.host, pair.host, "--base", pair.base, "--json").stdout)
+    assert same["all"]["transfer"] is None and same["all"]["apart"] == 0 and same["all"]["cosine"] == 1
+    assert command("diff", pair.host, pair.donor, "--base", pair.base, "--dtype", "int3").code == 2
+    assert command("diff", pair.host, pair.donor, "--dtype", "bf16").code == 2
+    assert (
+        "--stat does not go with --base" in command("diff", pair.host, pair.donor, "--base", pair.base, "--stat").stderr
+    )
+
+
+def test_values_that_are_not_finite_are_named(command: Callable[..., Any], tmp_path: Path) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, "llava")
+    broken = load_file(pair.donor / "model.safetensors")
+    broken["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(broken, pair.donor / "model.safetensors", metadata={"format": "pt"})
+    ended = command("diff", pair.host, pair.donor, "--base", pair.base)
+    assert ended.code == 3 and "'model.layers.1.mlp.up_proj.weight' holds values that are not finite" in ended.stderr
+    plain = command("diff", pair.host, pair.base)
+    assert plain.code == 1 and "--base MODEL compares the language towers" in plain.stderr
 
 
 def test_towers_that_do_not_fit_are_one_line(command: Callable[..., Any], tmp_path: Path, tiny_dit: Path) -> None:

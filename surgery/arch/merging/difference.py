@@ -6,10 +6,10 @@ after rounding. Where merges fail the two are far apart and their taus unrelated
 read, in pieces; sums are float64. numpy only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from surgery.arch.merging.arithmetic import FLOATS, PIECE, Source
 from surgery.arch.merging.formulas import Formula, elements
 from surgery.arch.merging.measure import Sums, by_formula, measure_tensor
 from surgery.arch.merging.selection import NORMS, groups_of, layer_of
-from surgery.store.checkpoint import Checkpoint
+from surgery.errors import CheckpointError, printable
+from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.reader import open_reader
 
 SHARE = 0.9  # of the host, in the merge whose transfer is predicted
@@ -65,6 +66,7 @@ def compare_towers(
     donor: Checkpoint,
     base: Checkpoint,
     *,
+    dtype: str | None = None,
     report: Callable[[str, Mapping[str, float]], None] = lambda event, numbers: None,
 ) -> dict[str, Any]:
     """{"prefix", "layers": rows, "groups": rows, "all": row}. Raises `CheckpointError` where towers do not fit."""
@@ -93,9 +95,11 @@ def compare_towers(
                 h, d, b = (s.read(start, min(PIECE, total - start)) for s in sources)
                 for moves, _ in into:
                     moves.add(h, d, b)
+                if not isfinite(every[0].host + every[0].donor):
+                    raise _not_finite(refs, (h, d, b))
             merge = by_formula(Formula("linear", (SHARE, 1 - SHARE)), seed=0)
             for _, sums in into:
-                measure_tensor(sums, merge, readers[:2], readers[0].dtype, canonical)
+                measure_tensor(sums, merge, readers[:2], dtype or readers[0].dtype, canonical)
     return {
         "host": host.name,
         "donor": donor.name,
@@ -108,7 +112,17 @@ def compare_towers(
 
 
 def _row(label: int | str, moves: Moves, sums: Sums) -> dict[str, Any]:
-    return {"where": label, **moves.row(), "transfer": sums.row(label)["transfer"]}
+    transfer = sums.row(label)["transfer"] if moves.apart else None  # nothing was to arrive
+    return {"where": label, **moves.row(), "transfer": transfer}
+
+
+def _not_finite(refs: Sequence[tuple[Checkpoint, TensorRef]], values: Sequence[Any]) -> CheckpointError:
+    model, ref = next((r for r, v in zip(refs, values, strict=True) if not np.isfinite(v).all()), refs[0])
+    return CheckpointError(
+        "not-finite",
+        f"{model.name}: '{printable(ref.name)}' holds values that are not finite numbers, or too large to compare",
+        hint="nothing useful comes of merging it; get the file again, or a checkpoint from before it broke",
+    )
 
 
 def _ratio(over: float, under: float) -> float | None:

@@ -7,7 +7,7 @@ whole. Sums are float64. Methods that look at a whole tensor (slerp's angle, TIE
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class Sums:
         self.arrived += float(change @ wish)
 
     def row(self, label: int | str) -> dict[str, Any]:
-        """As JSON values, rounded to six digits; None where there is nothing to divide by."""
+        """As JSON values, rounded to six digits; None where there is nothing to divide by, or a value is not finite."""
         return {
             "layer": label,
             "tensors": self.tensors,
@@ -124,4 +124,4 @@ def _stored(values: Any, dtype: str, name: str, dither: Bits | None) -> Any:
 
 
 def _ratio(over: float, under: float) -> float | None:
-    return float(f"{over / under:.6g}") if under else None
+    return float(f"{over / under:.6g}") if under and isfinite(over / under) else None
