@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from surgery.cli.operation import command_function, run_options
+from surgery.cli.operation import COMMON_DEFAULTS, command_function, run_options
 from surgery.errors import UsageError
 
 
@@ -41,6 +41,11 @@ def _several(recipe: Any, common: Mapping[str, Any]) -> None:
     """A file of several documents: each is a step, and what is only a step is not kept."""
     from surgery.cli.recipe import print_plans, run_and_report
 
+    if common["emit_recipe"]:
+        from surgery.cli.emitted import print_recipe
+
+        print_recipe(recipe, common, COMMON_DEFAULTS)
+        return
     options = run_options(common)
     if common["dry_run"]:
         print_plans([(recipe, common["out"])], options, as_json=common["as_json"])

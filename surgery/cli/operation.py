@@ -21,7 +21,6 @@ from surgery.graph.op import (
     check_parents,
     op_params,
     parent_range,
-    resolved_params,
     shown_name,
 )
 from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, run_op
@@ -85,7 +84,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "quiet": (bool, typer.Option("-q", "--quiet", help="No talk on stderr.")),
     "verbose": (bool, typer.Option("-v", "--verbose", help="More talk on stderr.")),
 }
-_COMMON_DEFAULTS: dict[str, Any] = {
+COMMON_DEFAULTS: dict[str, Any] = {
     "out": None,
     "seed": 0,
     "device": "cpu",
@@ -148,7 +147,7 @@ def command_function(
         if field not in own:
             signature.append(_parameter(field, *_option(field, hint, param, default)))
     signature += [
-        _parameter(k, hint, option, _COMMON_DEFAULTS[k])
+        _parameter(k, hint, option, COMMON_DEFAULTS[k])
         for k, (hint, option) in _COMMON.items()
         if k not in params and k not in own
     ]
@@ -205,9 +204,10 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     op = build_op(kind, values)
     check_parents(kind, len(sources))
     if common["emit_recipe"]:
-        output.data(_as_recipe(op, sources, common))
-        if common["hash"] != "full":
-            output.note("--hash is said to surgery run: a recipe does not hold it")
+        from surgery.cli.emitted import one_step, print_recipe
+
+        named = [open_source(s).name if s == "-" else s for s in sources]  # standard input is read, as for the work
+        print_recipe(one_step(op, named, common["seed"]), common, COMMON_DEFAULTS)
         return
     options = run_options(common)
     check_device(options.device)
@@ -273,29 +273,6 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
         output.data_json(rows)
     else:
         output.data(str(result.path))
-
-
-def _as_recipe(op: Any, sources: list[str], common: Mapping[str, Any]) -> str:
-    """The recipe of one step that does what the command would, with every parameter; each value is written as JSON,
-    which YAML contains. A path on standard input is read, as it is for the work."""
-    import json
-
-    def value(of: Any) -> str:
-        return json.dumps(of, ensure_ascii=False).replace("${", "$${")
-
-    named = [(f"input{i}", open_source(s).name if s == "-" else s) for i, s in enumerate(sources, 1)]
-    lines = ["surgery: 1", f"seed: {common['seed']}"]
-    if named:
-        lines += ["inputs:", *(f"  {name}: {value(source)}" for name, source in named)]
-    lines += ["steps:", "  out:", f"    op: {op.name}"]
-    if named:
-        lines.append(f"    from: [{', '.join(name for name, _ in named)}]")
-    params = resolved_params(op)
-    if params:
-        lines += ["    with:", *(f"      {n}: {value(v)}" for n, v in params.items())]
-    if common["out"] is not None:
-        lines.append(f"outputs: {{out: {value(str(common['out']))}}}")
-    return "\n".join(lines)
 
 
 def show_measured(measured: Mapping[str, Any]) -> None:
