@@ -18,6 +18,8 @@ Finished = Callable[[Job, dict[str, str]], None]
 _Told = tuple[Job, dict[str, str], BaseException | None]
 _FEW = 4
 _SMALL = 64 << 10  # bytes
+_LARGE = 1 << 20  # bytes; while some of these go to disk, more of them may be made
+_LAG = 256 << 20  # bytes that may be done and not yet told of
 
 
 class Engine(Protocol):
@@ -70,8 +72,8 @@ class _State:
     def __init__(self, jobs: Sequence[Job], resources: Resources) -> None:
         self._pending = deque(jobs)
         self._budget, self._pickles = resources.budget, resources.pickles
-        self._used = self._running = self._untold = 0
-        self._most_untold = 2 * max(1, resources.workers)
+        self._used = self._running = self._untold = self._untold_bytes = 0
+        self._workers = max(1, resources.workers)
         self._turn = threading.Condition()
         self._results: SimpleQueue[_Told] = SimpleQueue()
 
@@ -80,6 +82,7 @@ class _State:
         told = [self._results.get(), *self.rest()]
         with self._turn:
             self._untold -= len(told)
+            self._untold_bytes -= sum(job.nbytes for job, _, _ in told)
             self._turn.notify_all()
         return told
 
@@ -105,6 +108,7 @@ class _State:
                 self._used += peak
                 self._running += 1
                 self._untold += len(batch)
+                self._untold_bytes += sum(job.nbytes for job in batch)
             for job in batch:
                 try:
                     self._results.put((job, carry_out(job, self._pickles), None))
@@ -126,7 +130,8 @@ class _State:
         return batch, peak
 
     def _may_start(self, peak: int) -> bool:
-        if self._untold >= self._most_untold:
+        large = _LARGE * self._untold <= self._untold_bytes < _LAG
+        if self._untold >= 2 * self._workers and not large:
             return False  # a crash must not cost more than a few tensors that nobody has noted yet
         return self._running == 0 or self._budget is None or self._used + peak <= self._budget
 

@@ -82,6 +82,10 @@ class Copy:
     peak: int = 4 << 20
     place: tuple[str, int] = ("", 0)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(count for _, _, _, count in self.spans)
+
 
 Job = Unit | Copy
 
