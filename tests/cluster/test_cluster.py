@@ -60,6 +60,28 @@ def test_independent_steps_of_a_recipe_run_side_by_side_with_the_same_bytes(
 
 
 @slow
+def test_evaluations_go_out_and_find_the_same(on_cluster: Command, tmp_path: Path) -> None:
+    """Both measure at once, one of them what is made before; each is a task for a whole step."""
+    few = "samples: 20, steps: 2"
+    (tmp_path / "r.yaml").write_text(
+        "surgery: 1\ninputs: {base: dit-digits}\nsteps:\n"
+        "  half: {op: cast, from: base, with: {dtype: bf16}}\n"
+        f"  before: {{op: eval-images, from: base, with: {{ref: digits, {few}}}}}\n"
+        f"  after: {{op: eval-images, from: half, with: {{ref: digits, {few}}}}}\n"
+        "outputs: {half: half, before: before, after: after}\n"
+    )
+    words = ("run", "r.yaml", "--json")
+    there = on_cluster(*words, "-o", "there", "--engine", "ray", SURGERY_CACHE=str(tmp_path / "cache1"))
+    here = on_cluster(*words, "-o", "here", SURGERY_CACHE=str(tmp_path / "cache2"))
+    found, expected = json.loads(there.stdout), json.loads(here.stdout)
+    assert found["after"]["report"] == expected["after"]["report"] != found["before"]["report"]
+    assert {n: row["digest"] for n, row in found.items()} == {n: row["digest"] for n, row in expected.items()}
+    for name in ("half", "before", "after"):
+        assert content(tmp_path / "there" / name) == content(tmp_path / "here" / name)
+        assert record(tmp_path / "there" / name) == record(tmp_path / "here" / name)
+
+
+@slow
 def test_without_digests_the_bytes_are_the_same_and_the_keys_hold(on_cluster: Command, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
     words = ("run", "r.yaml", "-o", "there", "--hash", "header", "--json", "--engine", "ray")

@@ -76,9 +76,10 @@ class Cluster:
         )
         return task.remote(os.getcwd(), environment, work, args)
 
-    def wait(self, handles: Sequence[Any]) -> list[Any]:
-        """Those that have come to an end, at least one."""
-        done, _ = self._ray.wait(list(handles), num_returns=1)
+    def wait(self, handles: Sequence[Any], *, at_once: bool = False) -> list[Any]:
+        """Those that have come to an end: at least one, unless the answer is wanted `at_once`."""
+        every = {"num_returns": len(handles), "timeout": 0} if at_once else {"num_returns": 1}
+        done, _ = self._ray.wait(list(handles), **every)
         return list(done)
 
     def result(self, handle: Any) -> Any:

@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,21 +111,31 @@ def run_recipe(
             if name in scene.outputs and result is not None:
                 results[name] = result
 
-        apart = _Apart(engine) if isinstance(engine, Cluster) else None
+        def do(node: Node) -> None:
+            keep(node, _do(scene, node, report, partial(notice, node.step), engine))
+
         waiting = [name for name, node in nodes.items() if node.needed]
-        with apart or nullcontext():
-            while waiting or (apart and apart.running):
-                ready = _ready(nodes, waiting, apart.running.values() if apart else ()) if apart else waiting[:1]
-                for node in map(current, ready):
-                    waiting.remove(node.step.name)
-                    if apart and apart.takes(node, alone=len(ready) == 1):
+        if not isinstance(engine, Cluster):
+            for name in waiting:
+                do(current(name))
+            return results
+        with _Apart(engine) as apart:
+            while waiting or apart.running:
+                ready = [current(name) for name in _ready(nodes, waiting, apart.running.values())]
+                at_hand = [node for node in ready if node.state != "run"]
+                if not at_hand:
+                    # What goes out does so before anything is done here: neither holds up the other.
+                    for node in [n for n in ready if apart.takes(n, alone=len(ready) == 1)]:
+                        ready.remove(node)
+                        waiting.remove(node.step.name)
                         notice(node.step, node.plan)
                         apart.start(scene, node)
-                    else:
-                        keep(node, _do(scene, node, report, partial(notice, node.step), engine))
-                if apart and apart.running and not _ready(nodes, waiting, apart.running.values()):
-                    for node, result in apart.ended():
-                        keep(node, _done(scene, node, result))
+                for node in at_hand or ready[:1]:
+                    waiting.remove(node.step.name)
+                    do(node)
+                idle = not _ready(nodes, waiting, apart.running.values())
+                for node, result in apart.ended(wait=idle):
+                    keep(node, _done(scene, node, result))
     return results
 
 
@@ -264,9 +274,9 @@ class _Apart:
         )
         self.running[handle] = node
 
-    def ended(self) -> Iterator[tuple[Node, RunResult]]:
-        """Steps that have come to their end, at least one, with their results."""
-        for handle in self._cluster.wait(list(self.running)):
+    def ended(self, *, wait: bool) -> Iterator[tuple[Node, RunResult]]:
+        """Steps that have come to their end, with their results; with `wait` at least one, if any is at work."""
+        for handle in self._cluster.wait(list(self.running), at_once=not wait) if self.running else ():
             node = self.running.pop(handle)
             yield node, self._cluster.result(handle)
 
