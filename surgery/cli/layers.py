@@ -350,6 +350,9 @@ def _shown_share(alpha: float) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["difference"] is None:
+        means = ("not finite" if row[key] is None else f"{row[key]:.4f}" for key in ("intact", "value"))
+        return (*means, "", "")
     interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
     return f"{row['intact']:.4f}", f"{row['value']:.4f}", f"{row['difference']:+.4f}", interval
 
@@ -374,11 +377,21 @@ def _draw(
 
     series: dict[str, list[tuple[float, float]]] = {}
     bands: dict[str, list[tuple[float, float, float]]] = {}
-    for row in table:
+    for row in _drawable(path, table):
         series.setdefault(row[by], []).append((row[x], row["difference"]))
         bands.setdefault(row[by], []).append((row[x], row["low"], row["high"]))
     label = f"{metric}, difference to intact"
     curves(series, path, x_label=x_label, y_label=label, title=title, log_y=False, bands=bands, whole_x=x == "layer")
+
+
+def _drawable(path: Path, table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that have a place in a picture. Raises UsageError when none has."""
+    rows = [row for row in table if row["difference"] is not None]
+    if not rows:
+        raise UsageError("png", f"{path}: not one finite number to draw", hint="--dtype float32, or other models")
+    if len(rows) < len(table):
+        output.warn(f"{path}: {len(table) - len(rows)} of {len(table)} rows are not finite and are not drawn")
+    return rows
 
 
 def _draw_sweep(
@@ -398,7 +411,7 @@ def _draw_sweep(
     several = len({r["layers"] for r in table}) > 1
     series: dict[str, list[tuple[float, float]]] = {}
     bands: dict[str, list[tuple[float, float, float]]] = {}
-    for r in sorted(table, key=lambda r: 1 - r["alpha"]):
+    for r in sorted(_drawable(path, table), key=lambda r: 1 - r["alpha"]):
         name = f"layers {r['layers']}, {r['group']}" if several else r["group"]
         series.setdefault(name, []).append((1 - r["alpha"], r["value"]))
         bands.setdefault(name, []).append((1 - r["alpha"], r["intact"] + r["low"], r["intact"] + r["high"]))

@@ -5,10 +5,12 @@ Inputs: the model and what it came from. Changes: nothing in them; the output is
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from surgery.arch.blocks import block_lists, split_block
+from surgery.arch.language.families import family_of
 from surgery.arch.merging.adapters import CONFIG, PREFIX, factorise
 from surgery.arch.merging.card import short_name
 from surgery.arch.patterns import matcher, nearest
@@ -18,6 +20,7 @@ from surgery.store.checkpoint import Checkpoint
 from surgery.store.header import nbytes_of
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # Conv1D: weights lie [in, out]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class LoraExtract:
     only: Annotated[tuple[str, ...], Param("These weights alone, repeatable: *q_proj*, /regex/.", (), "PATTERN")] = ()
 
     name: ClassVar[str] = "lora-extract"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     parents: ClassVar[int] = 2
     parent_names: ClassVar[tuple[str, ...]] = ("MODEL", "BASE")
     trainer: ClassVar[str | None] = None
@@ -43,50 +46,46 @@ class LoraExtract:
         """Two factors for every matrix that differs."""
         if self.rank < 1:
             raise UsageError("rank", f"--rank {self.rank}: at least 1", hint="--rank 16")
-        chosen = self._chosen(model, base)
+        chosen, warnings = self._chosen(model, base)
+        config = model.part().config or {}
+        seeing = family_of(config) is not None
+        transposed = config.get("model_type") in _TRANSPOSED
+        modules = _modules(model, chosen, seeing)
         entries: list[Entry] = []
         for name in chosen:
             one, two = model.tensors[name], base.tensors[name]
             rank = min(self.rank, *one.shape)
-            module = name.removesuffix(".weight")
-            for factor, shape in (("A", (rank, one.shape[1])), ("B", (one.shape[0], rank))):
+            rows, columns = one.shape[::-1] if transposed else one.shape
+            for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
                 entries.append(
                     Compute(
-                        name=f"{PREFIX}{module}.lora_{factor}.weight",
+                        name=f"{PREFIX}{modules[name]}.lora_{factor}.weight",
                         dtype="F32",
                         shape=shape,
-                        how=(factor, rank),
+                        how=(factor, rank, transposed),
                         refs=(one, two),
                         sources=(0, 1),
                         scratch=4 * nbytes_of("F32", one.shape),
                     )  # fmt: skip
                 )
-        config = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank, "lora_alpha": self.rank, "lora_dropout": 0.0,
-            "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-            "base_model_name_or_path": short_name(base), "modules_to_save": None,
-            "target_modules": sorted(n.removesuffix(".weight") for n in chosen),
-            "rank_pattern": {
-                n.removesuffix(".weight"): min(model.tensors[n].shape)
-                for n in chosen
-                if min(model.tensors[n].shape) < self.rank
-            },
-            "alpha_pattern": {
-                n.removesuffix(".weight"): min(model.tensors[n].shape)
-                for n in chosen
-                if min(model.tensors[n].shape) < self.rank
-            },
+        small = {modules[n]: min(model.tensors[n].shape) for n in chosen if min(model.tensors[n].shape) < self.rank}
+        adapter = {
+            "peft_type": "LORA", "task_type": None if seeing else "CAUSAL_LM", "r": self.rank, "lora_alpha": self.rank,
+            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True,
+            "init_lora_weights": True, "base_model_name_or_path": short_name(base), "modules_to_save": None,
+            "target_modules": sorted(modules.values()), "rank_pattern": small, "alpha_pattern": dict(small),
         }  # fmt: skip
-        files = (SideFile(CONFIG, content=(json.dumps(config, indent=2) + "\n").encode()),)
+        files = (SideFile(CONFIG, content=(json.dumps(adapter, indent=2) + "\n").encode()),)
         full = sum(nbytes_of(model.tensors[n].dtype, model.tensors[n].shape) for n in chosen)
         report = {"rank": self.rank, "matrices": len(chosen), "bytes_of_matrices": full}
-        return Plan(tuple(entries), (PartNames("", "adapter_model"),), files, report=report)
+        return Plan(tuple(entries), (PartNames("", "adapter_model"),), files, warnings=warnings, report=report)
 
     def run(self, task: Compute, tensors: list[Any], generator: Any) -> Any:
         """One factor; both are cut from the same decomposition, which is made for each."""
         one, two = tensors
-        factor, rank = task.how
-        a, b = factorise(one.double() - two.double(), rank, seed=0)
+        factor, rank, transposed = task.how
+        delta = one.double() - two.double()
+        a, b = factorise(delta.T if transposed else delta, rank, seed=0)
         return a if factor == "A" else b
 
     def describe(self, plan: Plan) -> list[str]:
@@ -96,8 +95,8 @@ class LoraExtract:
             f"adapter  rank {report['rank']}, {report['matrices']:,} matrices of {report['bytes_of_matrices']:,} bytes"
         ]
 
-    def _chosen(self, model: Checkpoint, base: Checkpoint) -> list[str]:
-        """Matrices of layers that both have and that differ."""
+    def _chosen(self, model: Checkpoint, base: Checkpoint) -> tuple[list[str], tuple[str, ...]]:
+        """Matrices of layers that both have and that differ; and what else differs, as a warning."""
         prefixes = [b.prefix for b in block_lists(model.part().tensors)]
         fits = [matcher(pattern) for pattern in self.only]
         names = [
@@ -123,4 +122,21 @@ class LoraExtract:
         found = [n for n in wanted if known[0][n] != known[1][n] or model.tensors[n].dtype != base.tensors[n].dtype]
         if not found:
             raise CheckpointError("equal", f"{model.name} and {base.name} do not differ there", hint="name two models")
-        return found
+        if self.only:
+            return found, ()
+        rest = [n for n in model.tensors if n not in found and known[0][n] != known[1].get(n)]
+        if not rest:
+            return found, ()
+        more = f" and {len(rest) - 1:,} more tensors" if len(rest) > 1 else ""
+        said = f"'{printable(rest[0])}'{more} differ too and are not in the adapter, which holds matrices of layers"
+        return found, (said,)
+
+
+def _modules(model: Checkpoint, weights: Sequence[str], seeing: bool) -> dict[str, str]:
+    """What PEFT calls the module of each weight: its name in memory, which in vision-language models is another one."""
+    names: dict[str, str] = {}
+    if seeing:
+        from surgery.arch.language.exact import names_in_memory
+
+        names = names_in_memory(model)
+    return {weight: names.get(weight, weight).removesuffix(".weight") for weight in weights}

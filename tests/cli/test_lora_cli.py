@@ -1,5 +1,6 @@
 """`surgery lora`: a difference becomes an adapter that PEFT loads, and comes back."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,86 @@ def test_an_adapter_of_full_rank_gives_the_model_back(
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair.base), tmp_path / "lora")
     merged = model.merge_and_unload().state_dict()
     assert all((merged[n] - t).abs().max() < 1e-6 for n, t in back.items())
+
+
+def noisy(model: Any, folder: Path) -> None:
+    """The model with other matrices in its layers, saved."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and any(part.isdigit() for part in name.split(".")) and "embed" not in name:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llava"])
+def test_peft_loads_what_is_extracted_where_names_or_shapes_are_others(
+    kind: str, pair: vlm_pairs.Pair, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    """GPT-2 stores matrices as [in, out]; the names on disk of a vision-language model are not those in memory."""
+    import transformers as tr
+    from peft import PeftModel
+
+    cls: Any = tr.AutoModelForImageTextToText if kind == "llava" else tr.AutoModelForCausalLM
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        tr.GPT2LMHeadModel(tr.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40)).save_pretrained("base")
+    base = pair.host if kind == "llava" else Path("base")
+    noisy(cls.from_pretrained(base), Path("model"))
+    ended = command("lora", "extract", "model", base, "--rank", "96", "-o", "lora")
+    assert ended.code == 0 and "warning" not in ended.stderr, ended.stderr
+    wanted = cls.from_pretrained("model").state_dict()
+    merged = PeftModel.from_pretrained(cls.from_pretrained(base), "lora").merge_and_unload().state_dict()
+    assert max(float((merged[n] - t).abs().max()) for n, t in wanted.items()) < 1e-6
+    assert command("lora", "apply", base, "lora", "-o", "back", "-q").code == 0
+    back, model = (load_file(tmp_path / d / "model.safetensors") for d in ("back", "model"))
+    assert set(back) == set(model) and max(float((back[n] - t).abs().max()) for n, t in model.items()) < 1e-6
+
+
+def test_an_adapter_trained_on_a_vision_language_model_is_applied(
+    pair: vlm_pairs.Pair, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(pair.host)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], alpha_pattern={"down_proj": 2})
+    lora = get_peft_model(model, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    lora.save_pretrained("lora")
+    lora.merge_and_unload().save_pretrained("wanted")
+    ended = command("lora", "apply", pair.host, "lora", "-o", "out", "-q")
+    assert ended.code == 0, ended.stderr
+    out, wanted = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "wanted"))
+    assert set(out) == set(wanted) and max(float((out[n] - t).abs().max()) for n, t in wanted.items()) < 1e-6
+
+
+def test_what_an_adapter_leaves_out_is_said(pair: vlm_pairs.Pair, command: Callable[..., Any]) -> None:
+    ended = command("lora", "extract", pair.donor, pair.base, "-r", "4", "-o", "lora")
+    assert ended.code == 0 and "'lm_head.weight' and 10 more tensors differ too" in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("lora_alpha", "x", "lora_alpha is 'x'"),
+        ("alpha_pattern", {"(": 2}, "alpha_pattern '(' is no pattern"),
+        ("alpha_pattern", [1], "no mapping"),
+        ("peft_type", "IA3", "an adapter of kind IA3"),
+        ("use_dora", True, "an adapter of kind DoRA"),
+    ],
+)
+def test_a_broken_adapter_is_one_line(
+    key: str, value: Any, says: str, pair: vlm_pairs.Pair, command: Callable[..., Any]
+) -> None:
+    assert command("lora", "extract", pair.donor, pair.base, "-r", "2", "-o", "lora", "-q").code == 0
+    config = json.loads(Path("lora/adapter_config.json").read_text()) | {key: value}
+    Path("lora/adapter_config.json").write_text(json.dumps(config))
+    ended = command("lora", "apply", pair.base, "lora", "-o", "out")
+    assert ended.code == 3 and says in ended.stderr and not Path("out").exists(), ended.stderr
 
 
 def test_a_low_rank_is_the_best_there_is(pair: vlm_pairs.Pair, command: Callable[..., Any]) -> None:

@@ -43,6 +43,11 @@ def class_tower(base: Checkpoint) -> tuple[Tower, str]:
     return Tower(_prefix(found), found, names), type(model).__name__
 
 
+def names_in_memory(base: Checkpoint) -> dict[str, str]:
+    """Name on disk -> name in the model that transformers builds of it. Raises as `class_tower`."""
+    return _names_in_memory(_without_weights(base), base.tensors)
+
+
 def _without_weights(base: Checkpoint) -> Any:
     """The model of a checkpoint's class with tensors that have shapes and no content."""
     config = dict(language_config(base))

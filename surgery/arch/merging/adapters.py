@@ -5,8 +5,9 @@ weight's dtype before it is added, and the sum again, which is what PEFT's own m
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class Adapter:
     config: Mapping[str, Any]
     pairs: Mapping[str, tuple[TensorRef, TensorRef]]
     transposed: bool = False  # weights are stored [in, out], as GPT-2's
+    modules: Mapping[str, str] = field(default_factory=dict)  # what the adapter calls the module of a weight
 
     def touches(self, weight: str) -> bool:
         """Whether the adapter changes this weight."""
@@ -42,7 +44,7 @@ class Adapter:
 
     def scale_of(self, weight: str) -> float:
         """What B A is multiplied by."""
-        module = weight.removesuffix(".weight")
+        module = self.modules.get(weight, weight.removesuffix(".weight"))
         rank = self.pairs[weight][0].shape[0]
         alpha = self.config.get("lora_alpha", rank)
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
@@ -72,6 +74,7 @@ def open_adapter(adapter: Checkpoint, model: Checkpoint) -> Adapter:
             f"{adapter.name}: an adapter of kind {printable(what)}",
             hint="plain LoRA is applied; merge it with peft",
         )
+    _check_config(adapter.name, config)
     found: dict[str, dict[str, TensorRef]] = {}
     for name, ref in adapter.tensors.items():
         match = _FACTOR.fullmatch(name)
@@ -82,11 +85,13 @@ def open_adapter(adapter: Checkpoint, model: Checkpoint) -> Adapter:
         found.setdefault(f"{match[1]}.weight", {})[match[2]] = ref
     transposed = bool(config.get("fan_in_fan_out"))
     pairs = {}
-    for weight, factors in found.items():
+    names = _on_disk(found, model)
+    for own, factors in found.items():
+        weight = names.get(own, own)
         if set(factors) != {"A", "B"} or weight not in model.tensors:
             raise CheckpointError(
                 "adapter",
-                f"{adapter.name}: '{printable(weight)}' has no pair of factors, or {model.name} no such weight",
+                f"{adapter.name}: '{printable(own)}' has no pair of factors, or {model.name} no such weight",
                 hint="the adapter was trained on another model",
             )
         a, b, shape = factors["A"], factors["B"], model.tensors[weight].shape
@@ -98,7 +103,39 @@ def open_adapter(adapter: Checkpoint, model: Checkpoint) -> Adapter:
                 hint="the adapter was trained on a model of another size",
             )
         pairs[weight] = (a, b)
-    return Adapter(adapter.name, config, pairs, transposed)
+    modules = {names.get(own, own): own.removesuffix(".weight") for own in found}
+    return Adapter(adapter.name, config, pairs, transposed, modules)
+
+
+def _check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for numbers that are none and patterns that do not compile."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError("adapter", f"{name}: alpha_pattern is no mapping", hint=f"check {CONFIG}")
+    for key, value in (("lora_alpha", config.get("lora_alpha", 1)), *patterns.items()):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            shown = f"{printable(str(key), limit=60)} is {printable(repr(value), limit=60)}"
+            raise CheckpointError("adapter", f"{name}: {shown}", hint=f"a number in {CONFIG}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error:
+            raise CheckpointError(
+                "adapter",
+                f"{name}: alpha_pattern '{printable(pattern, limit=60)}' is no pattern",
+                hint=f"check {CONFIG}",
+            ) from None
+
+
+def _on_disk(weights: Iterable[str], model: Checkpoint) -> dict[str, str]:
+    """The names on disk of weights that an adapter calls by their names in memory: PEFT knows no others, and the files
+    of a vision-language model have older ones. transformers is asked only where a name is not there as it is."""
+    config = model.part().config
+    if all(weight in model.tensors for weight in weights) or config is None or "model_type" not in config:
+        return {}
+    from surgery.arch.language.exact import names_in_memory
+
+    return {memory: disk for disk, memory in names_in_memory(model).items()}
 
 
 def applied(

@@ -6,6 +6,7 @@ residual stream, `base` and `donor` put another model's layer in its place. Ever
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from surgery.arch.language.load import Loaded
@@ -89,6 +90,10 @@ def rows(profile: Profile, items: Sequence[Item], group_by: str | None = None) -
     return out
 
 
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
 def groups(items: Sequence[Item], field: str | None) -> dict[str, list[int]]:
     """Positions of items: all of them, then by each value of a field."""
     found: dict[str, list[int]] = {}
@@ -100,8 +105,14 @@ def groups(items: Sequence[Item], field: str | None) -> dict[str, list[int]]:
 
 
 def difference(metric: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Means of both, their difference and its 95 % interval, over the same items."""
+    """Means of both, their difference and its 95 % interval, over the same items; None for what is not finite, as where
+    a change makes a model overflow."""
     n = len(before)
+    if not all(map(isfinite, (*before, *after))):
+        means = (_finite(sum(values) / n) for values in (before, after))
+        return dict(
+            zip(("n", "intact", "value", "difference", "low", "high"), (n, *means, None, None, None), strict=True)
+        )
     if metric == "acc":
         lost = sum(a < b for b, a in zip(before, after, strict=True))
         gained = sum(a > b for b, a in zip(before, after, strict=True))
