@@ -117,7 +117,7 @@ def probe_layers(
 
     loaded = load(host, dtype=dtype, attn=attn, device=device)
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
-    measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
+    measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, name=host.name, note=output.note)
     what = how | {"metric": metric, "ablate": ablate, "module": module, "dtype": dtype, "attn": attn}
     what |= _scoring(metric, max_new_tokens)
     keeping = _kept(records, "probe-layers", what, items, host, other, resume, overwrite)
@@ -220,7 +220,7 @@ def sweep_merge(
     choose, rest = split_items(items, dev, seed, group_by) if dev else (everything, everything)
     loaded = load(vlm, dtype=dtype, attn=attn, device=device)
     how = {"prompt": prompt, "template": read_template(chat_template), "batch": batch}
-    measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, note=output.note)
+    measured = measure(loaded, items, metric, **how, max_new_tokens=max_new_tokens, name=vlm.name, note=output.note)
     what = how | {"metric": metric, "dtype": dtype, "attn": attn}
     what |= _scoring(metric, max_new_tokens)
     keeping = _kept(records, "sweep-merge", what, items, vlm, llm, resume, overwrite)
@@ -231,10 +231,13 @@ def sweep_merge(
         "host": vlm.name, "donor": llm.name, "eval": str(eval_data), "items": len(items), "metric": metric,
         "prompt": prompt, "dev": len(choose) if dev else 0, "rows": table,
     }  # fmt: skip
-    if dev:
-        label, share = pick(found, choose)
-        reported = [r for r in rows(found, items, rest, group_by) if (r["layers"], r["alpha"]) == (label, share)]
+    best = pick(found, choose) if dev else None
+    if best is not None:
+        label, share = best
+        reported = [r for r in rows(found, items, rest, group_by) if (r["layers"], r["alpha"]) == best]
         result["chosen"] = {"layers": label, "alpha": share, "test": reported}
+    elif dev:
+        output.warn(f"{metric} is finite for no merge: none is chosen; see --dtype")
     if out is not None:
         _write_csv(out, table)
     if png is not None:
@@ -245,7 +248,7 @@ def sweep_merge(
     header = ("layers", "host / donor", "group", "n", "host alone", metric, "difference", "95 %")
     shown = [(r["layers"], _shown_share(r["alpha"]), r["group"], r["n"], *_numbers(r)) for r in table]
     output.table(header, shown)
-    if dev:
+    if best is not None:
         output.data(
             f"\nchosen on these {len(choose)} items: layers {label}, {_shown_share(share)}; on the other {len(rest)}:"
         )
@@ -273,6 +276,9 @@ def _prepare(
             raise UsageError("out", f"{path}: this is written as {suffix}", hint=f"{path.stem or 'out/rows'}{suffix}")
         if os.path.lexists(path) and (not (overwrite or resume) or not path.is_file()):
             raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")
+        folder = next(p for p in path.absolute().parents if os.path.lexists(p))
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):  # before hours of measuring
+            raise OutputError("not-writable", f"{path}: {folder} takes no files", hint="name another place")
     if threads:
         import torch
 
@@ -377,20 +383,22 @@ def _draw(
 
     series: dict[str, list[tuple[float, float]]] = {}
     bands: dict[str, list[tuple[float, float, float]]] = {}
-    for row in _drawable(path, table):
+    drawn = _drawable(path, table)
+    for row in drawn:
         series.setdefault(row[by], []).append((row[x], row["difference"]))
         bands.setdefault(row[by], []).append((row[x], row["low"], row["high"]))
-    label = f"{metric}, difference to intact"
+    if not drawn:
+        return
+    label = f"{metric}, difference to {'host' if x_label.startswith('first') else 'intact'}"
     curves(series, path, x_label=x_label, y_label=label, title=title, log_y=False, bands=bands, whole_x=x == "layer")
 
 
 def _drawable(path: Path, table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that have a place in a picture. Raises UsageError when none has."""
+    """The rows that have a place in a picture; says how many have none, and that there is no picture without any."""
     rows = [row for row in table if row["difference"] is not None]
-    if not rows:
-        raise UsageError("png", f"{path}: not one finite number to draw", hint="--dtype float32, or other models")
     if len(rows) < len(table):
-        output.warn(f"{path}: {len(table) - len(rows)} of {len(table)} rows are not finite and are not drawn")
+        what = "are not drawn" if rows else "there is no picture"
+        output.warn(f"{path}: {len(table) - len(rows)} of {len(table)} rows are not finite: {what}")
     return rows
 
 
@@ -404,6 +412,7 @@ def _draw_sweep(
     if window is not None:
         spans = {label for label in (r["layers"] for r in table) if re.fullmatch(r"\d+(-\d+)?", label)}
         labels = {label: [int(n) for n in label.split("-")] for label in spans}
+        title += f", host share {table[0]['alpha']:g}" if table else ""
         firsts = {label: ends[0] for label, ends in labels.items() if ends[-1] - ends[0] + 1 == window}
         rows = [{**r, "layer": firsts[r["layers"]]} for r in table if r["layers"] in firsts]
         _draw(path, rows, "layer", "group", title=title, x_label=f"first of {window} layers", metric=metric)
@@ -411,7 +420,10 @@ def _draw_sweep(
     several = len({r["layers"] for r in table}) > 1
     series: dict[str, list[tuple[float, float]]] = {}
     bands: dict[str, list[tuple[float, float, float]]] = {}
-    for r in sorted(_drawable(path, table), key=lambda r: 1 - r["alpha"]):
+    drawn = sorted(_drawable(path, table), key=lambda r: 1 - r["alpha"])
+    if not drawn:
+        return
+    for r in drawn:
         name = f"layers {r['layers']}, {r['group']}" if several else r["group"]
         series.setdefault(name, []).append((1 - r["alpha"], r["value"]))
         bands.setdefault(name, []).append((1 - r["alpha"], r["intact"] + r["low"], r["intact"] + r["high"]))
@@ -420,5 +432,5 @@ def _draw_sweep(
 
 def _mention(*paths: Path | None) -> None:
     for path in paths:
-        if path is not None:
+        if path is not None and path.exists():
             output.note(f"written: {path}")

@@ -98,6 +98,39 @@ def test_a_sweep_chooses_on_one_part_and_reports_on_the_other(
     assert len(table.stdout.splitlines()) == 3 and is_picture(tmp_path / "w.png")
 
 
+def test_what_is_not_finite_is_said_and_not_drawn(
+    command: Run, tiny_llava: Path, donor: Path, data: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(donor, tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    next(t for n, t in tensors.items() if "layers.1.mlp.up_proj" in n)[0, 0] = float("nan")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    args = ("probe", "layers", tiny_llava, "--eval", data, *FEW, "--ablate", "donor", "--donor", "broken")
+    ended = command(*args, "--json", "--png", "p.png")
+    rows = json.loads(ended.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["rows"]
+    assert [r["layer"] for r in rows if r["difference"] is None] == [1] and is_picture(tmp_path / "p.png")
+    assert "1 of 4 rows are not finite" in ended.stderr
+    ended = command(*args, "--layers", "1", "--png", "none.png")
+    assert ended.code == 0 and "not finite" in ended.stdout and not (tmp_path / "none.png").exists()
+    sweep = ("sweep", "merge", tiny_llava, "broken", "--eval", data, *FEW, "--metric", "nll")
+    shown = json.loads(command(*sweep, "--alpha", "1,0.5", "--json").stdout)
+    assert shown["chosen"]["alpha"] == 1
+    ended = command(*sweep, "--alpha", "0.5")
+    assert ended.code == 0 and "finite for no merge: none is chosen" in ended.stderr
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    command: Run, tiny_llava: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    ended = command("probe", "layers", tiny_llava, "--eval", data, *FEW, "-o", "file/rows.csv")
+    assert "takes no files" in error(ended, "output.not-writable")
+
+
 @pytest.mark.parametrize("kind", ["probe", "sweep"])
 def test_a_killed_run_goes_on_to_the_same_table(
     command: Run, tiny_llava: Path, donor: Path, data: Path, tmp_path: Path, kind: str

@@ -51,6 +51,12 @@ def test_the_whole_run_is_mergekit_s_and_the_record_is_ours(method: str, pair: P
     assert command(*words, "-o", "dry", "--dry-run").code == 0 and not Path("dry").exists()
 
 
+def test_single_files_are_not_handed_over(pair: Pair, command: Command) -> None:
+    file = document("linear", pair.donor / "model.safetensors", pair.base)
+    ended = command("merge", "-c", file, "--arithmetic", "mergekit", "-o", "out")
+    assert ended.code == 2 and "is a single file" in ended.stderr and not Path("out").exists()
+
+
 def test_models_of_different_layouts_are_never_handed_over(pair: Pair, command: Command) -> None:
     file = document("linear", pair.host, pair.donor, base_model=str(pair.host))
     ended = command("merge", "-c", file, "--arithmetic", "mergekit", "-o", "out")

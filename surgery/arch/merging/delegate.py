@@ -33,6 +33,13 @@ def check_models(given: Mapping[str, Any], parents: Sequence[Checkpoint]) -> Non
                 f"--arithmetic mergekit: {option} of the document is carried out here",
                 hint="leave --arithmetic out",
             )
+    for parent in parents:
+        if parent.layout in ("gguf", "file"):
+            raise UsageError(
+                "arithmetic",
+                f"--arithmetic mergekit: {parent.name} is a single file, and mergekit reads folders",
+                hint="leave --arithmetic out",
+            )
     kinds = {p.name: _class(p) for p in parents if "adapter_config.json" not in {f.name for f in _files(p)}}
     if len(set(kinds.values())) > 1:
         raise layouts_differ(", ".join(f"{printable(n)} {k}" for n, k in kinds.items()))

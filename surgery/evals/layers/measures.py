@@ -62,12 +62,13 @@ def measure(
     template: str | None = None,
     batch: int = 8,
     max_new_tokens: int = 64,
+    name: str = "the model",
     note: Note | None = None,
 ) -> Measure:
     """The measure called `metric` ("acc" or "nll") of a model on items. Raises UsageError for another name."""
     if metric not in METRICS:
         raise UsageError("metric", f"no metric '{metric}'", hint=closest(metric, list(METRICS)))
-    check_images(items, loaded.takes_images, "the model")
+    check_images(items, loaded.takes_images, name)
     prompts = [render(loaded.processor, item, prompt, template=template) for item in items]
     if metric == "acc":
         return Accuracy(loaded, items, prompts, batch, max_new_tokens)

@@ -115,19 +115,17 @@ def split_items(
     return sorted(dev), rest
 
 
-def pick(sweep: Sweep, places: Sequence[int]) -> tuple[str, float]:
+def pick(sweep: Sweep, places: Sequence[int]) -> tuple[str, float] | None:
     """The best point on these items: most right answers, or smallest -log p; of equals the one nearest the host. One
-    whose values are not finite is no candidate. Raises UsageError where none is."""
+    whose values are not finite is no candidate; None where all are so."""
     sign = 1 if sweep.metric == "acc" else -1
     finite = [key for key, values in sweep.points.items() if all(isfinite(values[i]) for i in places)]
-    if not finite:
-        raise UsageError("dev", f"{sweep.metric} is finite for no merge", hint="--dtype float32, or other models")
 
     def score(key: tuple[str, float]) -> tuple[float, float]:
         values = sweep.points[key]
         return sign * sum(values[i] for i in places) / len(places), key[1]
 
-    return max(finite, key=score)
+    return max(finite, key=score, default=None)
 
 
 def rows(sweep: Sweep, items: Sequence[Item], places: Sequence[int], field: str | None = None) -> list[dict[str, Any]]:
