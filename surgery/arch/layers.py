@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from surgery.errors import UsageError
+from surgery.errors import UsageError, printable
 
 # Every share keeps the smaller ones: 25 % is within 50 %, 50 % within 75 %. Block 0, which attends globally in the
 # models studied, is touched by `all` only.
@@ -150,6 +150,11 @@ def parse_spans(spec: str, n_layers: int, *, option: str = "--layers", what: str
         return tuple(range(n_layers))
     for raw in text.split(","):
         item = raw.strip()
+        if not item:
+            shown = f"{option} '{printable(spec)}'"
+            raise UsageError(
+                "layers", f"{shown}: an empty item is not a layer or a span", hint="write 12-28, 12:28, 5 or all"
+            )
         chosen |= set(_span(item, n_layers, f"{option} {item}", what))
     return tuple(sorted(chosen))
 

@@ -9,9 +9,17 @@ import typer
 from surgery.cli.operation import COMMON_DEFAULTS, command_function, run_options
 from surgery.errors import UsageError
 
+_ARITHMETIC = ("auto", "stream", "kernels", "mergekit")
+
 
 def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | None:
     """The checkpoints in the order in which the operation takes them; the file's document becomes its `config`."""
+    if common["engine"] in _ARITHMETIC:
+        raise UsageError(
+            "engine",
+            f"--engine {common['engine']} is --arithmetic {common['engine']} here",
+            hint="--engine says where the work is done: local or ray",
+        )
     named, base, file = list(values.pop("models", None) or ()), values.pop("base"), values.pop("config")
     if file is None:
         if len(named) != 2:
@@ -79,7 +87,12 @@ merge = command_function(
         "workers": (
             int,
             typer.Option(
-                "--workers", "-j", "--jobs", min=0, help="Tensors in work at once [default: the cores, at most 4]."
+                "--workers",
+                "-j",
+                "--jobs",
+                min=0,
+                show_default=False,
+                help="Tensors in work at once [default: the cores, at most 4].",
             ),
             0,
         ),

@@ -2,7 +2,9 @@
 
 import inspect
 import os
+import resource
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
@@ -45,7 +47,12 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "seed": (int, typer.Option("--seed", help="Seed of everything random; recorded.")),
     "device": (str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")),
     "threads": (int, typer.Option("--threads", min=1, help="Threads for training; recorded, since sums depend on it.")),
-    "workers": (int, typer.Option("--workers", min=0, help="Tensors in work at once [default: the cores, at most 4].")),
+    "workers": (
+        int,
+        typer.Option(
+            "--workers", min=0, show_default=False, help="Tensors in work at once [default: the cores, at most 4]."
+        ),
+    ),
     "shard_size": (
         str | None,
         typer.Option(
@@ -245,8 +252,10 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
             output.note(line)
         _notice(plan)
 
+    started = time.perf_counter()
     with output.Progress() as report:
         result = run_op(op, parents, common["out"], options=options, report=report, notice=notice)
+    spent = _spent(result, time.perf_counter() - started)
     if result.found:
         output.note("already done: this output is the result of the same command on the same parents")
     if result.reused:
@@ -261,18 +270,31 @@ def _run(kind: Any, values: Mapping[str, Any], sources: list[str], common: Mappi
     show_measured(measured)
     for line in getattr(op, "remarks", lambda m: [])(measured):
         output.warn(line)
+    if not result.found and (hasattr(op, "announce") or output.Talk.verbose):
+        size, rate = output.count(spent["bytes"], "B"), spent["gb_per_second"]
+        memory = output.count(spent["peak_memory"], "B")
+        output.note(f"done     {size} in {spent['seconds']:.2f} s, {rate:.3f} GB/s, peak memory {memory}")
     if common["as_json"]:
         record = result.record
         step = record["steps"][-1]
         rows = {"path": str(result.path), "digest": record["digest"], "record": record["record"], "key": step["key"]}
         rows |= {"undigested": len(undigested(record))}
         rows |= {"found": result.found, "reused": result.reused, "training": step.get("training", {})}
-        rows |= {"measured": measured}
+        rows |= {"measured": measured, "spent": spent}
         if planned and planned[0].report and hasattr(op, "announce"):
             rows |= {"plan": {**planned[0].report, "warnings": list(planned[0].warnings)}}
         output.data_json(rows)
     else:
         output.data(str(result.path))
+
+
+def _spent(result: RunResult, seconds: float) -> dict[str, float]:
+    """What the work took: seconds, the bytes of the files written and how many went by in a second, and the most memory
+    that this process had resident."""
+    size = sum(row["size"] for row in result.record.get("output", {}).get("files", ()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rate = size / seconds / 1e9 if seconds else 0.0
+    return {"seconds": round(seconds, 3), "bytes": size, "gb_per_second": round(rate, 4), "peak_memory": peak}
 
 
 def show_measured(measured: Mapping[str, Any]) -> None:

@@ -72,7 +72,8 @@ class Merge:
                                      "mergekit (its whole run, of a --config).")] = "auto"  # fmt: skip
     param: Annotated[tuple[str, ...], Param("Parameter of a mergekit method, repeatable.", (), "NAME=VALUE")] = ()
     tower: Annotated[str | None, Param("Prefix of the host's tower, where several fit.", (), "PREFIX")] = None
-    layer_map: Annotated[str | None, Param("Pair layers by hand: 0:0,2:1.", (), "HOST:DONOR,...")] = None
+    layer_map: Annotated[str | None, Param("Pair layers by hand: 0:0,2:1, or a JSON file of them.", (),
+                                           "HOST:DONOR,...")] = None  # fmt: skip
     ignore_extra: Annotated[bool, Param("Leave out tensors of the layers that only the donor has.")] = False
     chat_template: Annotated[str | None, Param("host, donor, or a file [default: host].", (), "WHICH")] = None
     strict: Annotated[bool, Param("Stop at warnings of the preflight.")] = False
@@ -80,7 +81,7 @@ class Merge:
     config: Annotated[str | None, Param("A mergekit document as JSON with numbers for models.", (), "JSON")] = None
 
     name: ClassVar[str] = "merge"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     parents: ClassVar[tuple[int, int | None]] = (1, None)
     parent_names: ClassVar[tuple[str, ...]] = ("HOST",)
 
@@ -94,6 +95,10 @@ class Merge:
         self._set("alpha", resolve_alpha(self.alpha or ("0" if method == "swap" else "0.9")))
         if method == "swap" and self.alpha not in ("0", "0.0"):
             raise UsageError("alpha", "swap takes the donor's tensors whole", hint="--method linear --alpha blends")
+        if self.layer_map is not None:
+            from surgery.arch.language.towers import resolve_layer_map
+
+            self._set("layer_map", resolve_layer_map(self.layer_map))
         if self.density is None and method in _TIES:
             self._set("density", 0.2)
         if self.density is not None and not 0 < self.density <= 1:
@@ -190,7 +195,9 @@ class Merge:
         """Per layer: how far host and donor are apart, and how much of the change arrives after rounding."""
         from surgery.arch.merging.tasks import measure_plan
 
-        return measure_plan(self, plan, seed, parents)
+        measured = measure_plan(self, plan, seed, parents)
+        said = {k: plan.report[k] for k in ("prefix", "found_by", "weights") if k in plan.report}
+        return measured | ({"resolved": {**said, "layers": plan.report["layers"]["selected"]}} if said else {})
 
     def announce(self, plan: Plan) -> list[str]:
         """Said before the work starts."""
@@ -213,7 +220,7 @@ class Merge:
 
     def describe(self, plan: Plan) -> list[str]:
         """Lines of a dry run."""
-        from surgery.arch.merging.card import spans
+        from surgery.arch.merging.card import spans, weighed
 
         report = plan.report
         if "host" not in report:
@@ -227,8 +234,7 @@ class Merge:
             f"layers   {spans(layers['selected']) or 'none'}  ({len(layers['selected'])} of {layers['of']})",
         ]
         lines += [
-            f"weights  layers {spans(row['layers'])}: host {row['host']:g} / donor {row['donor']:g}"
-            for row in report["weights"]
+            f"weights  {weighed(row)}: host {row['host']:g} / donor {row['donor']:g}" for row in report["weights"]
         ]
         merged, copied = report["merged"], report["copied"]
         lines.append(f"merged   {merged['tensors']:,} tensors, {merged['bytes']:,} bytes")

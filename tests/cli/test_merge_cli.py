@@ -149,8 +149,9 @@ def test_vocabularies_are_merged_by_ids_or_by_tokens(copy: Pair, command: Comman
     donor = load_file(copy.donor / "model.safetensors")[f"model.{name}"]
     out = load_file("out/model.safetensors")[f"language_model.model.{name}"]
     order = [moved.index(w) for w in words]
-    assert torch.equal(out[:96], (host[:96].float() * 0.5 + donor[order].float() * 0.5).bfloat16())
-    assert torch.equal(out[96:], host[96:])
+    want = (host[:96].float() * 0.5 + donor[order].float() * 0.5).bfloat16()
+    want[90] = host[90]  # the image token: the donor knows the word and never saw an image
+    assert torch.equal(out[:96], want) and torch.equal(out[96:], host[96:])
     (copy.donor / "tokenizer.json").unlink()
     ended = command("merge", copy.host, copy.donor, "--vocab", "by-token", "-o", "none")
     assert ended.code == 3 and "tokenizer.json" in ended.stderr

@@ -181,30 +181,28 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-# What a class takes for a key that its config leaves out: files of older libraries hold only what differs from these.
+# What a text class takes for a key that its config leaves out: many files hold only what differs from these. By the
+# model_type of the text config; a test holds them against the installed transformers.
+_OF_CLASSES: Mapping[str, tuple[int, int, int | None, str | None, float, Any]] = {
+    # heads, key heads, size of a head (None: hidden size / heads), activation, epsilon of the norms, rope theta
+    "llama": (32, 32, None, "silu", 1e-6, 10000.0),
+    "mistral": (32, 8, None, "silu", 1e-6, 10000.0),
+    "qwen2": (32, 32, None, "silu", 1e-6, 10000.0),
+    "qwen3": (32, 32, 128, "silu", 1e-6, 10000.0),
+    "gemma": (16, 16, 256, "gelu_pytorch_tanh", 1e-6, 10000.0),
+    "gemma3_text": (8, 4, 256, "gelu_pytorch_tanh", 1e-6, None),
+    "glm4": (32, 2, 128, "silu", 1.5625e-07, 10000.0),
+    "glm4v_text": (32, 2, None, "silu", 1e-5, 10000.0),
+    "lfm2": (32, 8, None, None, 1e-5, 1000000.0),
+    "mllama_text_model": (32, 8, None, "silu", 1e-5, 500000.0),
+    "qwen2_vl_text": (64, 8, None, "silu", 1e-5, 1000000.0),
+    "qwen2_5_vl_text": (64, 8, None, "silu", 1e-5, 1000000.0),
+    "qwen3_vl_text": (32, 32, 128, "silu", 1e-6, 500000.0),
+}
+_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_theta")
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"num_attention_heads": 32, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
-    "mistral": {
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-    },
-    "qwen2": {
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-    },
-    "gemma": {
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 256,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-    },
+    kind: {key: value for key, value in zip(_KEYS, values, strict=True) if value is not None}
+    for kind, values in _OF_CLASSES.items()
 }
 
 

@@ -5,12 +5,14 @@ functions of configs; the likeness reads a fixed sample of a few matrices.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery.arch.language.families import DEFAULTS, text_config
 from surgery.arch.language.towers import TowerMap
+from surgery.arch.language.vocabulary import first_tokens
 from surgery.errors import CheckpointError, printable
+from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.reader import open_reader
 
@@ -24,6 +26,13 @@ _SHOULD = (
     "rms_norm_eps", "sliding_window", "layer_types", "attention_bias", "max_position_embeddings", "vocab_size",
     "tie_word_embeddings", "dtype",
 )  # fmt: skip
+# What other families call the same.
+_ALIASES = {
+    "n_head": "num_attention_heads", "n_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "n_embd": "hidden_size", "d_model": "hidden_size", "n_inner": "intermediate_size", "ffn_dim": "intermediate_size",
+    "activation_function": "hidden_act", "layer_norm_epsilon": "rms_norm_eps", "layer_norm_eps": "rms_norm_eps",
+    "norm_eps": "rms_norm_eps", "n_positions": "max_position_embeddings",
+}  # fmt: skip
 _QUANTISED = ("F8_", "F4", "F6_", "U8", "I8")
 UNRELATED = 0.5  # cosine; siblings have more than 0.9, models that share nothing about 0
 _SAMPLED = 8  # matrices
@@ -32,11 +41,30 @@ _SAMPLE = 1 << 15  # elements of each
 
 @dataclass(frozen=True)
 class Preflight:
-    """`faults` stop a merge, `warnings` are told and stop it under strict. `likeness` is a cosine, None if unknown."""
+    """`faults` stop a merge, `warnings` are told and stop it under strict. `likeness` is a cosine, None if unknown;
+    `role` is what the model beside the host is called."""
 
     faults: tuple[str, ...]
     warnings: tuple[str, ...]
     likeness: float | None = None
+    role: str = "donor"
+
+
+def examine(host: Checkpoint, donor: Checkpoint, mapped: TowerMap, *, role: str = "donor") -> Preflight:
+    """Host and donor (or another model, of that role) side by side: configs, tokenizers, likeness of the weights."""
+    found = compare_configs(
+        host.part().config,
+        donor.part().config,
+        cross_layers=mapped.cross_layers,
+        host_name=host.name,
+        donor_name=donor.name,
+        role=role,
+    )
+    tokens = _tokens_differ(host, donor, role)
+    alike = None
+    if not isinstance(host, Planned) and not isinstance(donor, Planned):  # a step never written has no values yet
+        alike = likeness(host, donor, mapped)
+    return replace(found, warnings=(*found.warnings, *([tokens] if tokens else [])), likeness=alike, role=role)
 
 
 def compare_configs(
@@ -46,6 +74,7 @@ def compare_configs(
     cross_layers: Sequence[int] = (),
     host_name: str = "host",
     donor_name: str = "donor",
+    role: str = "donor",
 ) -> Preflight:
     """Set the host's text config against the donor's. Keys that a config leaves out have their class's default where
     that is known; a key that only one side states is not compared."""
@@ -53,14 +82,14 @@ def compare_configs(
         missing = host_name if host is None else donor_name
         return Preflight((), (f"{missing} has no config.json: heads and rotary settings were not compared",))
     mine, theirs = _facts(host), _facts(donor)
-    faults = [_said(key, mine[key], theirs[key]) for key in _MUST if _differ(mine, theirs, key)]
+    faults = [_said(key, mine[key], theirs[key], role) for key in _MUST if _differ(mine, theirs, key)]
     for name, config in ((host_name, host), (donor_name, donor)):
         if _quantised(config):
             faults.append(f"quantization_config: {name} is quantised; merge the model that it was quantised from")
-    warnings = [_said(key, mine[key], theirs[key]) for key in _SHOULD if _differ(mine, theirs, key)]
+    warnings = [_said(key, mine[key], theirs[key], role) for key in _SHOULD if _differ(mine, theirs, key)]
     own, other = rope(text_config(host)), rope(text_config(donor))
     warnings += [
-        f"rope {key}: host {own.get(key)}, donor {other.get(key)}; the merged tower runs with the host's"
+        f"rope {key}: host {own.get(key)}, {role} {other.get(key)}; the merged tower runs with the host's"
         for key in sorted(own.keys() | other.keys())
         if own.get(key) != other.get(key)
     ]
@@ -110,19 +139,30 @@ def likeness(host: Checkpoint, donor: Checkpoint, mapped: TowerMap) -> float | N
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of a text config in one form, of transformers 5 (`rope_parameters`) and of before
-    (`rope_theta` with `rope_scaling`). Sections of multimodal rope are left out: on text they are plain rope."""
-    found: dict[str, Any] = {}
+    (`rope_theta` with `rope_scaling`, a second theta for local layers). Sections of multimodal rope are left out: on
+    text they are plain rope."""
     parameters = config.get("rope_parameters")
     if isinstance(parameters, Mapping):
-        found = dict(parameters)
-    else:
-        scaling = config.get("rope_scaling")
-        found = dict(scaling) if isinstance(scaling, Mapping) else {}
-        found["rope_theta"] = config.get("rope_theta", _defaults(config).get("rope_theta"))
+        if parameters and all(isinstance(v, Mapping) for v in parameters.values()):  # one for each kind of layer
+            return {kind: _rope(inner) for kind, inner in parameters.items()}
+        return _rope({"partial_rotary_factor": config.get("partial_rotary_factor"), **parameters})
+    scaling = config.get("rope_scaling")
+    found = dict(scaling) if isinstance(scaling, Mapping) else {}
+    found["rope_theta"] = config.get("rope_theta", _defaults(config).get("rope_theta"))
+    found.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if "rope_local_base_freq" in config:
+        local = _rope({"rope_theta": config["rope_local_base_freq"]})
+        return {"full_attention": _rope(found), "sliding_attention": local}
+    return _rope(found)
+
+
+def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(parameters)
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
-    found.pop("type", None)
-    found.pop("mrope_section", None)
-    found.pop("mrope_interleaved", None)
+    for key in ("type", "mrope_section", "mrope_interleaved"):
+        found.pop(key, None)
+    if found.get("partial_rotary_factor") == 1:
+        found.pop("partial_rotary_factor")
     found["type"] = "default" if kind in ("mrope", "default") else kind
     return {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in found.items()
             if v is not None}  # fmt: skip
@@ -131,7 +171,8 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says of its text model, with the class's defaults for what it leaves out."""
     inner = text_config(config)
-    facts: dict[str, Any] = {**_defaults(inner), **{k: v for k, v in inner.items() if v is not None}}
+    stated = {_ALIASES.get(k, k): v for k, v in inner.items() if v is not None}
+    facts: dict[str, Any] = {**{k: v for k, v in _defaults(inner).items() if k not in inner}, **stated}
     facts.setdefault("dtype", inner.get("torch_dtype", config.get("dtype", config.get("torch_dtype"))))
     facts["hidden_act"] = facts.get("hidden_activation") or facts.get("hidden_act")
     heads, hidden = facts.get("num_attention_heads"), facts.get("hidden_size")
@@ -142,6 +183,8 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("tie_word_embeddings",):
         if key in config:
             facts[key] = config[key]
+    if "sliding_window" in inner and (inner["sliding_window"] is None or inner.get("use_sliding_window") is False):
+        facts["sliding_window"] = "none"
     # Lists with one value a layer say how layers attend; where all attend alike a config may leave them out.
     kinds = facts.get("layer_types")
     if isinstance(kinds, list) and set(kinds) == {"full_attention"}:
@@ -150,7 +193,8 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(inner: Mapping[str, Any]) -> Mapping[str, Any]:
-    return DEFAULTS.get(str(inner.get("model_type", "")).split("_")[0], {})
+    kind = str(inner.get("model_type", ""))  # of the text class, or in files of before of the model around it
+    return next((DEFAULTS[k] for k in (kind, f"{kind}_text", f"{kind}_text_model") if k in DEFAULTS), {})
 
 
 def _differ(mine: Mapping[str, Any], theirs: Mapping[str, Any], key: str) -> bool:
@@ -161,9 +205,19 @@ def _differ(mine: Mapping[str, Any], theirs: Mapping[str, Any], key: str) -> boo
     return aliases.get(str(one), one) != aliases.get(str(two), two)
 
 
-def _said(key: str, mine: Any, theirs: Any) -> str:
+def _said(key: str, mine: Any, theirs: Any, role: str) -> str:
     one, two = (printable(str(v), limit=60) for v in (mine, theirs))
-    return f"{key}: host {one}, donor {two}"
+    return f"{key}: host {one}, {role} {two}"
+
+
+def _tokens_differ(host: Checkpoint, donor: Checkpoint, role: str) -> str:
+    """What to say of two tokenizers of which an early token differs; "" where none does or one is missing."""
+    mine, theirs = first_tokens(host), first_tokens(donor)
+    for number in sorted(mine.keys() & theirs.keys()):
+        if mine[number] != theirs[number]:
+            one, two = (printable(t[number], limit=40) for t in (mine, theirs))
+            return f"tokenizer: token {number} is '{one}' in the host's and '{two}' in the {role}'s"
+    return ""
 
 
 def _quantised(config: Mapping[str, Any]) -> bool:
@@ -185,14 +239,14 @@ def stop_on(found: Preflight, *, strict: bool, force: bool) -> Iterator[str]:
     if found.faults and not force:
         raise CheckpointError(
             "incompatible",
-            f"host and donor do not fit: {'; '.join(found.faults[:3])}",
+            f"host and {found.role} do not fit: {'; '.join(found.faults[:3])}",
             hint="equal shapes mean different functions here; --force merges anyway",
         )
     if found.likeness is not None and found.likeness < UNRELATED and not force:
         raise CheckpointError(
             "unrelated",
-            f"host and donor do not look related: the cosine of their weights is {found.likeness:.2f}, siblings have "
-            "0.9 or more",
+            f"host and {found.role} do not look related: the cosine of their weights is {found.likeness:.2f}, siblings "
+            "have 0.9 or more",
             hint="they come from different base models; --force merges anyway",
         )
     if found.warnings and strict:
@@ -202,4 +256,4 @@ def stop_on(found: Preflight, *, strict: bool, force: bool) -> Iterator[str]:
     yield from found.faults
     yield from found.warnings
     if found.likeness is not None and found.likeness < UNRELATED:
-        yield f"host and donor do not look related: the cosine of their weights is {found.likeness:.2f}"
+        yield f"host and {found.role} do not look related: the cosine of their weights is {found.likeness:.2f}"

@@ -9,9 +9,11 @@ Where names leave it open the error is `Unclear`, and `locate` asks the model's 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, UsageError, closest, printable
+from surgery.store.layout import read_json
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -157,6 +159,14 @@ def match_towers(
     donor_name: str = "the donor",
 ) -> TowerMap:
     """The one of the host's towers that the donor's fits, mapped to it. Arguments and errors as `find_towers`."""
+    for mine, other in (layer_map or {}).items():
+        if other not in theirs.layers:
+            raise UsageError(
+                "layer-map",
+                f"--layer-map {mine}:{other}: layer {other} is out of range, {donor_name} has {theirs.count} layers "
+                f"(0-{theirs.count - 1})",
+                hint="the host's layer stands first, the donor's second",
+            )
     tried = [_Fit.of(tower, theirs, host, donor, layer_map, ignore_extra) for tower in every]
     fitting = [fit for fit in tried if not fit.faults]
     if len(fitting) > 1:
@@ -210,8 +220,8 @@ class _Fit:
         if layer_map is not None:
             pairs = dict(sorted(layer_map.items()))
             for mine, other in pairs.items():
-                if mine not in tower.layers or other not in theirs.layers:
-                    faults.append(f"--layer-map {mine}:{other} names a layer that is not there")
+                if mine not in tower.layers:
+                    faults.append(f"--layer-map {mine}:{other}: it has {tower.count} layers (0-{tower.count - 1})")
             pairs = {m: o for m, o in pairs.items() if m in tower.layers and o in theirs.layers}
         else:
             pairs = dict(zip(own, sorted(theirs.layers), strict=False))
@@ -287,6 +297,28 @@ def explaining_field(suffix: str) -> str:
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, from a checkpoint's tensors."""
     return {name: tuple(ref.shape) for name, ref in tensors.items()}
+
+
+def resolve_layer_map(text: str) -> str:
+    """`--layer-map` in the form that is recorded: a JSON file of {host layer: donor layer} is read here, so that no
+    path becomes part of what was done. Raises `UsageError` and `CheckpointError`."""
+    if not text.endswith(".json"):
+        parse_layer_map(text)
+        return text
+    document = read_json(Path(text))
+    pairs = document.items() if isinstance(document, Mapping) else document if isinstance(document, list) else ()
+    try:
+        found = ",".join(f"{int(mine)}:{int(other)}" for mine, other in pairs)
+    except (TypeError, ValueError):
+        found = ""
+    if not found:
+        raise UsageError(
+            "layer-map",
+            f"--layer-map {printable(text)}: not pairs of layers",
+            hint='write {"0": 0, "2": 1} or [[0, 0], [2, 1]], the host\'s layer first',
+        )
+    parse_layer_map(found)
+    return found
 
 
 def parse_layer_map(text: str) -> dict[int, int]:

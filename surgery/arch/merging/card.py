@@ -1,9 +1,12 @@
 """The model card of a merge: what it was made of, for the hub and for people. Written from the plan, offline."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery.store.checkpoint import Checkpoint
+
+_FRONT = 1 << 16  # characters of a card in which its front matter must end
 
 
 def short_name(checkpoint: Checkpoint) -> str:
@@ -22,7 +25,7 @@ def card(report: Mapping[str, Any], parents: Sequence[Checkpoint]) -> str:
     lines += [f"| {r} | {n} | `{_class(p)}` |" for r, n, p in zip(roles, names, parents, strict=False)]
     lines += ["", f"Method: {report['method']}."]
     for row in report.get("weights", []):
-        lines.append(f"Layers {spans(row['layers'])}: host {row['host']:g}, donor {row['donor']:g}.")
+        lines.append(f"{weighed(row).capitalize()}: host {row['host']:g}, donor {row['donor']:g}.")
     merged = report["merged"]
     lines += [
         "",
@@ -31,6 +34,22 @@ def card(report: Mapping[str, Any], parents: Sequence[Checkpoint]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def card_base(checkpoint: Checkpoint) -> str | None:
+    """The first `base_model` that the card beside the weights names; None where it names none."""
+    path = checkpoint.root / "README.md"
+    if not checkpoint.path.is_dir() or not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        front = file.read(_FRONT).split("\n---", 1)[0]
+    found = re.search(r"^base_model:[ \t]*(?:\n[ \t]*-)?[ \t]*[\"']?([^\s\"'\[\],#]+)", front, re.M)
+    return found[1] if front.startswith("---") and found else None
+
+
+def weighed(row: Mapping[str, Any]) -> str:
+    """What the weights of a row of the report are for."""
+    return f"layers {spans(row['layers'])}" if row["layers"] else "outside layers"
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -41,6 +41,11 @@ def spec_of(method: str) -> Any:
     return known[method].spec
 
 
+def registered_names() -> frozenset[str]:
+    """The names of mergekit's methods."""
+    return frozenset(_registered())
+
+
 def _registered() -> Mapping[str, Any]:
     try:
         from mergekit import merge_methods
@@ -88,7 +93,9 @@ def check_inputs(spec: Any, count: int, *, given: bool, among: bool) -> None:
                 else f"at most {most}"
             )
             raise UsageError(
-                "models", f"{spec.name} takes {wanted} {what}, not {have}", hint="see the document's models"
+                "models",
+                f"{spec.name} takes {wanted} {what}, not {have}",
+                hint="a mergekit file names as many models as a method takes",
             )
 
 

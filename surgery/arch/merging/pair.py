@@ -5,21 +5,22 @@ are. The output has the host's files under the host's names; vision encoder and 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, with_dtype
-from surgery.arch.language.families import family_of, text_config
+from surgery.arch.language.families import family_of
 from surgery.arch.language.locate import locate_towers
-from surgery.arch.language.preflight import check_stored, compare_configs, likeness, stop_on
+from surgery.arch.language.preflight import check_stored, examine, stop_on
 from surgery.arch.language.towers import EMBED, HEAD, TowerMap, parse_layer_map
 from surgery.arch.language.vocabulary import rows_by_policy
 from surgery.arch.layers import parse_spans
-from surgery.arch.merging.card import card
+from surgery.arch.merging.card import card, spans
 from surgery.arch.merging.files import files_of
-from surgery.arch.merging.formulas import STREAMED, WITH_BASE, Formula
-from surgery.arch.merging.kernels import Kernel, check_value, is_random, needs_base, spec_of, takes_two, uses_base
-from surgery.arch.merging.selection import check_shares, layer_of, parse_alpha, select
+from surgery.arch.merging.formulas import STREAMED, Formula
+from surgery.arch.merging.kernels import is_random
+from surgery.arch.merging.method import Method, Request, Task
+from surgery.arch.merging.selection import layer_of, select
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
 from surgery.graph.planned import Planned
@@ -30,61 +31,22 @@ SCRATCH = 16 << 20  # bytes that a streamed tensor takes at most
 _STORED = ("BF16", "F16", "F32", "F64")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was asked for; fields are those of the operation."""
-
-    layers: str | None = None
-    method: str = "linear"
-    alpha: str = "0.9"
-    alpha2: float | None = None
-    density: float | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    vocab: str = "host"
-    dtype: str | None = None
-    rounding: str = "nearest"
-    numerics: str = "exact"
-    compat: str = "none"
-    arithmetic: str = "auto"
-    param: tuple[str, ...] = ()
-    tower: str | None = None
-    layer_map: str | None = None
-    ignore_extra: bool = False
-    chat_template: str | None = None
-    strict: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """How one tensor is made: a formula in pieces, or a kernel on whole tensors. `rows` says for each row of a
-    vocabulary which row of the other inputs answers to it, -1 for one that stays the host's. `deltas` are adapters
-    (index of the input, index of the first of its two factors among the refs, scale, whether weights are transposed).
-    `vocabulary` is a merged tokenizer and the keys of the inputs that it aligns."""
-
-    canonical: str
-    formula: Formula | None = None
-    kernel: Kernel | None = None
-    rows: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
-    deltas: tuple[tuple[int, int, float, bool], ...] = ()
-    vocabulary: tuple[Any, tuple[Any, ...]] | None = field(default=None, repr=False)
-
-
 def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Checkpoint | None) -> Plan:
     """The plan of a merge. Raises `UsageError` and `CheckpointError` before anything is written."""
     for checkpoint in (host, donor, *((base,) if base else ())):
         plain_model(checkpoint)
-    method = _Method(request, host, donor, base)
-    shares = parse_alpha(request.alpha)
-    check_shares(shares, force=request.force or request.method not in ("linear", "slerp", "swap"))
+    method = Method(request, host, donor, base)
     mapped = _map(request, host, donor)
     base_map = _map(request, host, base) if base is not None else None
-    layers = parse_spans("all" if request.layers is None else request.layers, mapped.host_count)
+    layers = _layers(request, mapped)
     chosen = _chosen(request, mapped, layers)
     check_stored(host.tensors, [mapped.names[c][0] for c in chosen], host.name)
     check_stored(donor.tensors, [mapped.names[c][1] for c in chosen], donor.name)
-    warnings = _preflight(request, host, donor, mapped, chosen)
+    warnings = _preflight(request, host, donor, mapped)
+    if base is not None and base_map is not None:
+        check_stored(base.tensors, [base_map.names[c][1] for c in chosen if c in base_map.names], base.name)
+        found = examine(host, base, base_map, role="base")
+        warnings += list(stop_on(replace(found, warnings=()), strict=request.strict, force=request.force))
     rows, inputs = _vocabulary(request, host, donor, base, mapped, base_map, chosen)
     if mapped.by_class:  # another version of transformers may answer otherwise
         inputs["tower"] = canonical_digest({c: list(pair) for c, pair in mapped.names.items()})
@@ -108,10 +70,18 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
         "prefix": mapped.host_prefix,
         "found_by": mapped.by_class or "names",
         "layers": {"selected": selected, "of": mapped.host_count, "cross_attention": list(mapped.cross_layers)},
-        "weights": method.said(shares, layers),
+        "weights": method.said(layers, selected, outside=any(layer_of(c) is None for c in chosen)),
         "merged": {"tensors": len(merged), "bytes": sum(e.nbytes for e in merged)},
         "copied": {"tensors": copied[0], "bytes": copied[1]},
-        "tensors": list(chosen),
+        "tensors": [
+            {
+                "canonical": c,
+                "host": mapped.names[c][0],
+                "donor": mapped.names[c][1],
+                "weights": [round(w, 6) for w in method.weights(method.shares.at(layer_of(c), layers))],
+            }
+            for c in chosen
+        ],
         "host_only": list(mapped.host_only),
         "donor_only": list(mapped.donor_only),
     }
@@ -130,112 +100,6 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     )
 
 
-class _Method:
-    """A method with its weights checked: what a tensor of a layer is made by."""
-
-    def __init__(self, request: Request, host: Checkpoint, donor: Checkpoint, base: Checkpoint | None) -> None:
-        self.request, self.name = request, request.method
-        self.spec: Any = None
-        kernel = request.arithmetic == "kernels" or self.name not in (*STREAMED, "swap")
-        if kernel and self.name != "swap":
-            self.spec = spec_of(self.name.replace("-", "_") if self.name in STREAMED else self.name)
-        with_base = self.name in WITH_BASE if self.spec is None else uses_base(self.spec) and not takes_two(self.spec)
-        if base is not None and not with_base:
-            raise UsageError(
-                "base",
-                f"--base {base.name}: {self.name} has no base, its weights sum to one and the base cancels",
-                hint=f"leave it out, or use --method {WITH_BASE[0]}",
-            )
-        required = self.name in WITH_BASE if self.spec is None else needs_base(self.spec) and not takes_two(self.spec)
-        if base is None and required:
-            raise UsageError(
-                "base",
-                f"--method {self.name} needs --base, the model that host and donor came from",
-                hint=_base_hint(host, donor),
-            )
-        if request.alpha2 is not None and not required:
-            sums = [a + request.alpha2 for a in parse_alpha(request.alpha).every]
-            if any(abs(s - 1) > 1e-6 for s in sums):
-                raise UsageError(
-                    "alpha2",
-                    f"--alpha2 {request.alpha2:g}: with --alpha {request.alpha} the weights do not sum to 1, so the "
-                    "base no longer cancels",
-                    hint="give --base BASE --method task-arithmetic, or leave --alpha2 out",
-                )
-        self.shared = self._parameters()
-
-    def _parameters(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for item in self.request.param:
-            name, sign, value = item.partition("=")
-            if not sign:
-                raise UsageError("param", f"--param {printable(item)}: not NAME=VALUE", hint="--param epsilon=0.1")
-            if self.spec is None:
-                raise UsageError(
-                    "param",
-                    f"--param {printable(item)}: {self.name} is made here and has none of mergekit's parameters",
-                    hint="--arithmetic kernels makes it by mergekit",
-                )
-            found[name] = check_value(self.spec, name, value)
-        return found
-
-    def weights(self, share: float) -> tuple[float, float]:
-        """(host, donor)."""
-        other = self.request.alpha2
-        return share, 1.0 - share if other is None else other
-
-    def task(self, canonical: str, share: float, rows: tuple[tuple[int, ...], ...]) -> Task:
-        """How a tensor with this share of the host is made."""
-        request = self.request
-        weights = self.weights(share)
-        if self.spec is None:
-            ties = self.name in ("ties", "dare-ties")
-            return Task(
-                canonical,
-                Formula(
-                    "linear" if self.name == "swap" else self.name,
-                    weights,
-                    (request.density,) * 2 if request.density is not None else (),
-                    normalize=ties if self.name in WITH_BASE else request.alpha2 is not None,
-                    compat=request.compat,
-                    rounding=request.rounding,
-                    numerics=request.numerics,
-                ),
-                rows=rows,
-            )
-        known = {p.name: p for p in self.spec.parameters}
-        shared = dict(self.shared)
-        per_input: dict[str, tuple[Any, ...]] = {}
-        if "weight" in known and "weight" not in shared:
-            per_input["weight"] = weights
-        if "density" in known and "density" not in shared and request.density is not None:
-            per_input["density"] = (request.density,) * 2
-        if "t" in known and "t" not in shared:
-            shared["t"] = weights[1]
-        kernel = Kernel(
-            self.spec.name,
-            tuple(sorted(shared.items())),
-            tuple(sorted(per_input.items())),
-            base=0 if uses_base(self.spec) and (needs_base(self.spec) or takes_two(self.spec)) else None,
-            dtype="float32",
-        )
-        return Task(canonical, kernel=kernel, rows=rows)
-
-    def said(self, shares: Any, layers: Sequence[int]) -> list[dict[str, Any]]:
-        """The weights in words that have no direction to mix up, for the report."""
-        found: list[dict[str, Any]] = []
-        if self.spec is not None and not {"weight", "t"} & {p.name for p in self.spec.parameters}:
-            return found  # the method finds its own
-        for layer in layers:
-            host, donor = self.weights(shares.at(layer, layers))
-            row = {"host": round(host, 6), "donor": round(donor, 6)}
-            if found and {k: found[-1][k] for k in row} == row:
-                found[-1]["layers"].append(layer)
-            else:
-                found.append({"layers": [layer], **row})
-        return found
-
-
 def _map(request: Request, host: Checkpoint, other: Checkpoint) -> TowerMap:
     return locate_towers(
         host,
@@ -246,10 +110,32 @@ def _map(request: Request, host: Checkpoint, other: Checkpoint) -> TowerMap:
     )
 
 
+def _layers(request: Request, mapped: TowerMap) -> tuple[int, ...]:
+    """The layers asked for that have a counterpart; gradients run over these."""
+    wanted = parse_spans("all" if request.layers is None else request.layers, mapped.host_count)
+    found = tuple(n for n in wanted if n in mapped.layers)
+    if not found:
+        named = ", ".join(map(str, wanted))
+        why = "are cross-attention" if set(wanted) <= set(mapped.cross_layers) else "are in no pair of --layer-map"
+        raise UsageError(
+            "nothing-selected",
+            f"--layers {printable(request.layers or 'all')}: layers {named} {why} and have no counterpart",
+            hint=f"layers with one: {spans(sorted(mapped.layers))}",
+        )
+    return found
+
+
 def _chosen(request: Request, mapped: TowerMap, layers: Sequence[int]) -> tuple[str, ...]:
     include = request.include
     if request.vocab != "host":
         include = (*include, *(g for g, n in (("embed", EMBED), ("head", HEAD)) if n in mapped.names))
+    tied = HEAD not in mapped.names and any(pattern in ("head", HEAD) for pattern in request.include)
+    if tied and EMBED in mapped.names:
+        raise UsageError(
+            "head",
+            "--include head: host or donor has no head of its own, it is tied to the embeddings",
+            hint="--include embed merges the embeddings; a head is never added",
+        )
     chosen = select(mapped.names, layers, final_norm=request.layers is None, include=include, exclude=request.exclude)
     if not chosen:
         raise UsageError(
@@ -258,20 +144,11 @@ def _chosen(request: Request, mapped: TowerMap, layers: Sequence[int]) -> tuple[
     return chosen
 
 
-def _preflight(
-    request: Request, host: Checkpoint, donor: Checkpoint, mapped: TowerMap, chosen: Sequence[str]
-) -> list[str]:
-    from dataclasses import replace
-
-    found = compare_configs(
-        host.part().config,
-        donor.part().config,
-        cross_layers=mapped.cross_layers,
-        host_name=host.name,
-        donor_name=donor.name,
-    )
-    if not any(isinstance(c, Planned) for c in (host, donor)):  # a step that is never written has no values yet
-        found = replace(found, likeness=likeness(host, donor, mapped))
+def _preflight(request: Request, host: Checkpoint, donor: Checkpoint, mapped: TowerMap) -> list[str]:
+    found = examine(host, donor, mapped)
+    if family_of(host.part().config) is None and family_of(donor.part().config) is not None:
+        said = f"{donor.name} sees images and {host.name} does not: the result is a text model; HOST stands first"
+        found = replace(found, warnings=(said, *found.warnings))
     warnings = list(stop_on(found, strict=request.strict, force=request.force))
     if request.ignore_extra and mapped.donor_only:
         extra = [printable(n) for n, canonical in mapped.donor_only.items() if layer_of(canonical) is not None]
@@ -320,7 +197,7 @@ def _vocabulary(
 
 def _entries(
     request: Request,
-    method: _Method,
+    method: Method,
     host: Checkpoint,
     donor: Checkpoint,
     base: Checkpoint | None,
@@ -330,7 +207,6 @@ def _entries(
     layers: Sequence[int],
     rows: Mapping[str, tuple[tuple[int, ...], ...]],
 ) -> list[Entry]:
-    shares = parse_alpha(request.alpha)
     wanted = FLOATS[request.dtype] if request.dtype else None
     by_name = {mapped.names[c][0]: c for c in chosen}
     entries: list[Entry] = []
@@ -351,7 +227,7 @@ def _entries(
                 )
             entries.append(_carried(name, ref, 0, ref.dtype))
             continue
-        weights = method.weights(shares.at(layer_of(canonical), layers))
+        weights = method.weights(method.shares.at(layer_of(canonical), layers))
         mapped_rows = rows.get(canonical, ())
         plain = method.name in ("linear", "slerp", "swap") and method.spec is None and not mapped_rows
         if plain and weights == (1.0, 0.0):
@@ -375,7 +251,7 @@ def _carried(name: str, ref: TensorRef, parent: int, dtype: str) -> Entry:
 
 
 def _computed(
-    method: _Method,
+    method: Method,
     name: str,
     canonical: str,
     share: float,
@@ -413,21 +289,6 @@ def _base_name(mapped: TowerMap, canonical: str) -> str:
             "incompatible", f"the base has no counterpart of '{canonical}'", hint="leave it out with --exclude"
         )
     return mapped.names[canonical][1]
-
-
-def _base_hint(host: Checkpoint, donor: Checkpoint) -> str:
-    """Where the base may be found: an ancestor that both records name, else what the configs call their origin."""
-    records = [c.lineage["parents"] if c.lineage else {} for c in (host, donor)]
-    digests = {row["digest"] for row in records[0].values()}
-    shared = [name for name, row in records[1].items() if row["digest"] in digests]
-    if shared:
-        return f"both were made from {printable(shared[0])}: --base {printable(shared[0])}"
-    for checkpoint in (donor, host):
-        config = checkpoint.part().config or {}
-        origin = config.get("_name_or_path") or text_config(config).get("_name_or_path")
-        if isinstance(origin, str) and origin and origin != checkpoint.name:
-            return f"{checkpoint.name} says that it comes from {printable(origin)}; linear, slerp and swap need none"
-    return "linear, slerp and swap need none"
 
 
 def plain_model(checkpoint: Checkpoint) -> None:

@@ -62,6 +62,11 @@ def select(
             fits = _fits(pattern)
             found = {n for n in names if fits(n)}
             if not found:
+                if "," in pattern:
+                    each = " ".join(f"--{option} {item}" for item in pattern.split(","))
+                    raise UsageError(
+                        "unmatched", f"--{option} {printable(pattern)}: one group or pattern at a time", hint=each
+                    )
                 raise UsageError(
                     "unmatched",
                     f"--{option} {printable(pattern)}: nothing in the tower has such a name",

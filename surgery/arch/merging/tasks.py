@@ -154,5 +154,8 @@ def measure_plan(op: Op, plan: Plan, seed: int, parents: Sequence[Checkpoint]) -
     if not sums:
         return {}
     rows = [sums[k].row(k) for k in sorted(sums, key=lambda k: (isinstance(k, str), k))]
+    for row in rows:
+        if not row["relative"]:  # host and donor are equal: rounding alone is no intended change
+            row["transfer"] = None
     low = [r["layer"] for r in rows if r["transfer"] is not None and r["transfer"] < LITTLE]
     return {"layers": rows, "little": low}

@@ -5,10 +5,9 @@ The weights are those of the document, in mergekit's sense; which tensors take p
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from surgery.arch.language.locate import locate_towers
-from surgery.arch.language.preflight import compare_configs, likeness, stop_on
+from surgery.arch.language.preflight import examine, stop_on
 from surgery.arch.language.towers import TowerMap
 from surgery.arch.layers import parse_spans
 from surgery.arch.merging.card import short_name
@@ -17,7 +16,6 @@ from surgery.arch.merging.selection import layer_of, select
 from surgery.arch.merging.settings import Document
 from surgery.errors import UsageError
 from surgery.graph.op import Entry, Keep
-from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint
 
 
@@ -42,9 +40,7 @@ def tower_rows(
             continue
         other = parents[source.model]
         maps[source.key] = locate_towers(mine, other)
-        found = compare_configs(mine.part().config, other.part().config, host_name=mine.name, donor_name=other.name)
-        if not isinstance(mine, Planned) and not isinstance(other, Planned):  # else there are no values yet
-            found = replace(found, likeness=likeness(mine, other, maps[source.key]))
+        found = examine(mine, other, maps[source.key])
         warnings += [f"{short_name(other)}: {said}" for said in stop_on(found, strict=strict, force=force)]
     if not maps:
         raise UsageError("models", f"nothing is merged into {mine.name}", hint="name a text model as well")

@@ -43,5 +43,9 @@ def selections(
     out = []
     for spec in dict.fromkeys(wanted or ["all"]):
         plan = whole if spec == "all" else plan_pair(Request(layers=spec, force=force), host, donor, None)
-        out.append(Selection(spec, min(plan.report["layers"]["selected"]), tuple(plan.report["tensors"])))
+        out.append(
+            Selection(
+                spec, min(plan.report["layers"]["selected"]), tuple(t["canonical"] for t in plan.report["tensors"])
+            )
+        )
     return out, whole.warnings
