@@ -45,7 +45,7 @@ def changed(a: Path, b: Path) -> set[str]:
         (["--method", "karcher", "--alpha", "0.5"], "karcher finds its own weights"),
         (["--method", "karcher", "--rounding", "stochastic"], "which rounds to nearest"),
         (["--base", "BASE", "--method", "della", "--compat", "paper"], "--compat paper: della is made by mergekit"),
-        (["--method", "passthrough"], "passthrough requires exactly 1 inputs"),
+        (["--method", "passthrough"], "passthrough takes exactly 1 models, not 2"),
         (["--method", "tie"], "'ties'"),
         (["--method", "dare-tie"], "'dare-ties'"),
         (["--layers", "1,,2"], "--layers '1,,2': an empty item is not a layer"),
