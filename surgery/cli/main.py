@@ -395,7 +395,8 @@ def _resumable(words: list[str]) -> bool:
         if isinstance(second, Mapping):
             table = second
         elif not word.startswith("-"):
-            return word == "run" or first.startswith("op:") or (not first and word in _plugins())
+            own = first.startswith("op:") or first in ("surgery.cli.recipe:run", "surgery.cli.merge:merge")
+            return own or (not first and word in _plugins())
     return False
 
 

@@ -92,7 +92,7 @@ class Merge:
             self._check_document()
         method = self.method
         self._set("method", method.replace("_", "-") if method in ("task_arithmetic",) else method)
-        self._set("alpha", resolve_alpha(self.alpha or ("0" if method == "swap" else "0.9")))
+        self._set("alpha", resolve_alpha(("0" if method == "swap" else "0.9") if self.alpha is None else self.alpha))
         if method == "swap" and self.alpha not in ("0", "0.0"):
             raise UsageError("alpha", "swap takes the donor's tensors whole", hint="--method linear --alpha blends")
         if self.layer_map is not None:

@@ -91,7 +91,11 @@ def known_aliases() -> dict[str, str]:
     """The built-in aliases and those of ~/.config/surgery/aliases.toml (`[aliases]`, name = "target"), which win."""
     base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     path = Path(base) / "surgery" / "aliases.toml"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a home that this user may not look into holds no settings of theirs
+        there = False
+    if not there:
         return dict(ALIASES)
     try:
         own = tomllib.loads(path.read_text("utf-8")).get("aliases", {})

@@ -115,9 +115,9 @@ def language_tower(shapes: Shapes, *, prefix: str | None = None, where: str = "t
         raise NoTower(
             "no-tower",
             f"{where}: no language model in it: no layers with embed_tokens.weight beside them",
-            hint=f"prefixes with numbered layers: {known}; choose one with --tower",
+            hint=f"prefixes with numbered layers: {known}",
         )
-    raise _ambiguous(fitting, where)
+    raise _ambiguous(fitting, where, hint="leave the copies out of the file, or give its folder with config.json")
 
 
 def find_towers(
@@ -175,7 +175,7 @@ def match_towers(
     if len(fitting) == 1:
         return fitting[0].mapping(theirs)
     if fitting:
-        raise _ambiguous([fit.tower for fit in fitting], host_name)
+        raise _ambiguous([fit.tower for fit in fitting], host_name, hint="choose one with --tower PREFIX")
     if not tried:
         raise NoTower(
             "no-tower", f"{host_name}: no numbered decoder layers in its names", hint="see surgery inspect --tensors"
@@ -368,6 +368,6 @@ def named_tower(every: Sequence[Tower], prefix: str, where: str) -> Tower:
     )
 
 
-def _ambiguous(fitting: list[Tower], where: str) -> SeveralTowers:
+def _ambiguous(fitting: list[Tower], where: str, *, hint: str) -> SeveralTowers:
     shown = ", ".join(f"{printable(t.prefix)} ({t.count} layers)" for t in fitting[:6])
-    return SeveralTowers("tower", f"{where}: several towers fit: {shown}", hint="choose one with --tower PREFIX")
+    return SeveralTowers("tower", f"{where}: several towers fit: {shown}", hint=hint)

@@ -78,6 +78,10 @@ class Method:
         self.spec: Any = None
         self.shares = parse_alpha(request.alpha)
         kernel = request.arithmetic == "kernels" or self.name not in OWN
+        if request.arithmetic == "stream" and self.name not in OWN:
+            raise UsageError(
+                "arithmetic", f"--arithmetic stream: {self.name} is made by mergekit's kernel", hint="leave it out"
+            )
         if kernel and self.name != "swap":
             self.spec = _spec(self.name)
         # One weight alone beyond 1 leaves the other below 0; two that were both given are meant.

@@ -39,13 +39,26 @@ def loaded(family: str, folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    ("family", "layout", "dtype", "shards"),
-    [(f, layout, "bfloat16", 1) for f in FAMILIES for layout in ("default", "memory")]
-    + [(f, "default", "float16", 3) for f in FAMILIES]
-    + [(f, "default", "float32", 1) for f in FAMILIES]
-    + [("llava", "memory", "float32", 2)],
-)
+# Every family in both layouts of its class, in every dtype, in one file and in several.
+FORMS = [
+    ("default", "bfloat16", 1), ("memory", "bfloat16", 3), ("default", "float16", 3), ("memory", "float16", 1),
+    ("default", "float32", 1), ("memory", "float32", 2),
+]  # fmt: skip
+BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+
+
+def steps_apart(got: torch.Tensor, host: torch.Tensor, donor: torch.Tensor, share: float) -> float:
+    """The largest distance from the float64 definition (with the weights that float32 holds), rounded once, in steps of
+    the dtype at the size of what is added."""
+    weights = torch.tensor([share, 1 - share]).double()
+    parts = host.double() * weights[0], donor.double() * weights[1]
+    size = torch.stack([*(p.abs() for p in parts), sum(parts).abs()]).amax(0).clamp_min(2.0**-14)
+    wanted = sum(parts).to(got.dtype).double()
+    return float(((got.double() - wanted).abs() / 2.0 ** (size.log2().floor() - BITS[got.dtype])).max())
+
+
+@pytest.mark.parametrize(("layout", "dtype", "shards"), FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_selected_tensors_are_blended_and_all_others_are_the_host_s(
     family: str, layout: str, dtype: str, shards: int, tmp_path: Path
 ) -> None:
@@ -65,6 +78,7 @@ def test_selected_tensors_are_blended_and_all_others_are_the_host_s(
         if name in chosen:
             want = host[name].float() * torch.tensor(0.7) + donor[chosen[name]].float() * torch.tensor(1 - 0.7)
             assert torch.equal(tensor, want.to(tensor.dtype)), name
+            assert steps_apart(tensor, host[name], donor[chosen[name]], 0.7) <= 1, name
         else:
             assert torch.equal(tensor.view(torch.uint8), host[name].view(torch.uint8)), name
     # Files: the same shards with the same headers, the same side files.
@@ -78,18 +92,40 @@ def test_selected_tensors_are_blended_and_all_others_are_the_host_s(
         assert (out / file.name).read_bytes()[:length] == file.read_bytes()[:length]
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype", "shards"), [("default", "bfloat16", 2), ("memory", "float16", 1), ("memory", "float32", 2)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_of_the_host_or_of_the_donor_is_a_copy(family: str, tmp_path: Path) -> None:
-    pair = vlm_pairs.make_pair(tmp_path, family, shards=2)
+def test_all_of_the_host_or_of_the_donor_is_a_copy(
+    family: str, layout: str, dtype: str, shards: int, tmp_path: Path
+) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, family, layout=layout, dtype=dtype, shards=shards)
     same = surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "same", alpha="1").path
     assert {n: d for n, d in digests(same).items() if n != "README.md"} == digests(pair.host)
     other = tensors(surgery.apply("merge", pair.host, pair.donor, out=tmp_path / "other", alpha="0").path)
-    donor = tensors(pair.donor)
-    for canonical, (mine, theirs) in mapped(pair).names.items():
-        if canonical.startswith("layers.") or canonical == "norm.weight":
-            assert torch.equal(other[mine].view(torch.uint8), donor[theirs].view(torch.uint8)), canonical
-    itself = surgery.apply("merge", pair.host, pair.host, out=tmp_path / "itself", alpha="0.9").path
-    assert {n: d for n, d in digests(itself).items() if n != "README.md"} == digests(pair.host)
+    host, donor = tensors(pair.host), tensors(pair.donor)
+    selected = {
+        mine: theirs
+        for canonical, (mine, theirs) in mapped(pair).names.items()
+        if canonical.startswith("layers.") or canonical == "norm.weight"
+    }
+    for name, tensor in other.items():
+        want = donor[selected[name]] if name in selected else host[name]
+        assert torch.equal(tensor.view(torch.uint8), want.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_merged_with_itself_is_itself(family: str, dtype: str, tmp_path: Path) -> None:
+    """The same file in halves; in float32, where the products themselves are rounded, within one step."""
+    pair = vlm_pairs.make_pair(tmp_path, family, dtype=dtype)
+    out = surgery.apply("merge", pair.host, pair.host, out=tmp_path / "out", alpha="0.9,0.37").path
+    if dtype != "float32":
+        assert {n: d for n, d in digests(out).items() if n != "README.md"} == digests(pair.host)
+        return
+    before, after = tensors(pair.host), tensors(out)
+    for name, tensor in after.items():
+        assert (tensor.view(torch.int32) - before[name].view(torch.int32)).abs().max() <= 1, name
 
 
 @pytest.mark.parametrize("layout", ["default", "memory"])
