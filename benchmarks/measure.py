@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# Compiled modules are kept, as on a user's machine; where they are not, every start compiles all sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 SURGERY = [sys.executable, "-m", "surgery"]
 
 
@@ -71,11 +73,13 @@ def finish(name: str, rows: list[dict[str, object]]) -> None:
     else:
         for row in rows:
             mark = "ok  " if row["ok"] else "OVER"
-            print(f"{mark} {row['what']}: {row['value']} {row['unit']} (limit {row['limit']})   {row['note']}".rstrip())
+            limit = "no limit" if row["limit"] is None else f"limit {row['limit']}"
+            print(f"{mark} {row['what']}: {row['value']} {row['unit']} ({limit})   {row['note']}".rstrip())
     if not all(row["ok"] for row in rows):
         raise SystemExit(1)
 
 
-def row(what: str, value: float, unit: str, limit: float, note: str = "") -> dict[str, object]:
-    """One figure against its limit."""
-    return {"what": what, "value": round(value, 3), "unit": unit, "limit": limit, "ok": value <= limit, "note": note}
+def row(what: str, value: float, unit: str, limit: float | None, note: str = "") -> dict[str, object]:
+    """One figure against its limit; None: it has none, and stands there to be known."""
+    ok = limit is None or value <= limit
+    return {"what": what, "value": round(value, 3), "unit": unit, "limit": limit, "ok": ok, "note": note}

@@ -1,7 +1,7 @@
 """How much of a merge arrives: sampled, before anything is written.
 
 A merge that adds a tenth of a small difference changes few of the values that bfloat16 can hold. Of each tensor four
-stretches of 8192 elements, laid end to end, are merged as they will be; tensors of up to that many in all are measured
+stretches of 2048 elements, laid end to end, are merged as they will be; tensors of up to that many in all are measured
 whole. Sums are float64. Methods that look at a whole tensor (slerp's angle, TIES' threshold) see the sample instead.
 """
 
@@ -16,7 +16,7 @@ from surgery.arch.merging.arithmetic import SIZES, Bits, Sink, Source
 from surgery.arch.merging.formulas import Formula, elements, merger
 from surgery.store.reader import MemoryReader, Reader
 
-WINDOW = 1 << 13
+WINDOW = 1 << 11
 WINDOWS = 4
 LITTLE = 0.8  # effective transfer below which a merge is warned of
 

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from surgery.graph.engine.budget import return_freed_memory
-from surgery.graph.engine.work import Job, Resources, carry_out, uses_torch
+from surgery.graph.engine.work import Job, Resources, Unit, carry_out, uses_torch
 
 Finished = Callable[[Job, dict[str, str]], None]
 _Told = tuple[Job, dict[str, str], BaseException | None]
@@ -30,12 +30,12 @@ class Engine(Protocol):
 
 
 def run_jobs(jobs: Sequence[Job], finished: Finished, *, resources: Resources) -> None:
-    """Carry out `jobs` in their order. A job starts when its peak fits what is left of the budget, or when nothing else
-    runs: one that is larger than the whole budget runs alone."""
+    """Carry out `jobs` in their order, large ones first. A job starts when its peak fits what is left of the budget, or
+    when nothing else runs: one that is larger than the whole budget runs alone."""
     if not jobs:
         return
-    state = _State(jobs, resources)
     workers = min(max(1, resources.workers), len(jobs))
+    state = _State(_large_first(jobs, workers), resources)
     threads = [threading.Thread(target=state.work, name=f"worker-{n}", daemon=True) for n in range(workers)]
     with _computing(resources.threads, needed=any(map(uses_torch, jobs))):
         for thread in threads:
@@ -64,6 +64,19 @@ def run_jobs(jobs: Sequence[Job], finished: Finished, *, resources: Resources) -
             raise failure
         for thread in threads:
             thread.join()
+
+
+def _large_first(jobs: Sequence[Job], workers: int) -> Sequence[Job]:
+    """A tensor that takes long to make (embeddings, a head at the end of the file) must not be the last that starts,
+    or the other workers stand by; all else stays in the order of the files."""
+    if workers == 1:
+        return jobs
+    limit = max(_LARGE, sum(job.nbytes for job in jobs) / (8 * workers))
+    large = [job for job in jobs if isinstance(job, Unit) and job.nbytes > limit]
+    if not large:
+        return jobs
+    first = set(map(id, large))
+    return [*large, *(job for job in jobs if id(job) not in first)]
 
 
 class _State:
