@@ -102,12 +102,12 @@ def probe_layers(
     host = open_source(model, offline=offline)
     other = open_source(source, offline=offline) if source is not None else None
     from surgery.arch.language.load import language_config, load
-    from surgery.arch.language.towers import language_tower, shapes_of
+    from surgery.arch.language.locate import locate_tower
     from surgery.arch.layers import parse_spans
 
     items = _items(eval_data, limit, seed, group_by)
     language_config(host)
-    chosen = parse_spans(layers, language_tower(shapes_of(host.tensors), where=host.name).count)
+    chosen = parse_spans(layers, locate_tower(host).count)
     if dry_run:
         _show_plan(len(items), len(chosen) + 1, {"layers": list(chosen), "ablate": ablate, "module": module}, as_json)
         return

@@ -12,8 +12,10 @@ from typing import Any
 
 from surgery.arch.language.load import first_line, language_config, model_class, quiet_transformers
 from surgery.arch.language.towers import EMBED, HEAD, NORM, NORM_BIAS, Tower
-from surgery.errors import CheckpointError, ResourceError
+from surgery.errors import CheckpointError, ResourceError, printable
 from surgery.store.checkpoint import Checkpoint
+
+_DEEPEST = 10_000  # layers
 
 
 def class_tower(base: Checkpoint) -> tuple[Tower, str]:
@@ -51,6 +53,7 @@ def names_in_memory(base: Checkpoint) -> dict[str, str]:
 def _without_weights(base: Checkpoint) -> Any:
     """The model of a checkpoint's class with tensors that have shapes and no content."""
     config = dict(language_config(base))
+    _check_depth(config, base.name)
     kind = model_class(base)
     import torch
 
@@ -65,6 +68,17 @@ def _without_weights(base: Checkpoint) -> Any:
                 f"{base.name}: {kind.__name__} cannot be built from its config.json: {first_line(err)}",
                 hint="name the tower with --tower PREFIX",
             ) from err
+
+
+def _check_depth(config: Mapping[str, Any], where: str) -> None:
+    """Raise `CheckpointError` for a depth that no model has: modules are made one by one, with weights or without."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, where)
+        elif isinstance(value, int) and value > _DEEPEST and ("layer" in key or key in ("depth", "n_block")):
+            raise CheckpointError(
+                "not-loadable", f"{where}: config.json says {printable(key)} {value:,}", hint="no model is that deep"
+            )
 
 
 def _names_in_memory(model: Any, disk: Iterable[str]) -> dict[str, str]:

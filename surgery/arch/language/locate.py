@@ -54,6 +54,19 @@ def locate_towers(
     return replace(found, by_class=by_class)
 
 
+def locate_tower(checkpoint: Checkpoint) -> Tower:
+    """The language tower of one checkpoint. Raises what `towers.language_tower` does."""
+    shapes = shapes_of(checkpoint.tensors)
+    try:
+        return language_tower(shapes, where=checkpoint.name)
+    except Unclear as err:
+        unclear = err
+    try:
+        return _tower(checkpoint, shapes, None)[0]
+    except (CheckpointError, ResourceError, UsageError) as err:
+        raise _with_reason(unclear, err) from None
+
+
 def _familiar(checkpoint: Checkpoint, shapes: Shapes) -> bool:
     """Whether the names are those of a family of the table, or of a text model."""
     family = family_of(checkpoint.part().config)

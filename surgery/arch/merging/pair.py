@@ -20,7 +20,7 @@ from surgery.arch.merging.files import files_of
 from surgery.arch.merging.formulas import STREAMED, Formula
 from surgery.arch.merging.kernels import is_random
 from surgery.arch.merging.method import Method, Request, Task
-from surgery.arch.merging.selection import layer_of, select
+from surgery.arch.merging.selection import check_layers, layer_of, select
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
 from surgery.graph.planned import Planned
@@ -39,6 +39,7 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     mapped = _map(request, host, donor)
     base_map = _map(request, host, base) if base is not None else None
     layers = _layers(request, mapped)
+    check_layers(method.shares, mapped.host_count)
     chosen = _chosen(request, mapped, layers)
     check_stored(host.tensors, [mapped.names[c][0] for c in chosen], host.name)
     check_stored(donor.tensors, [mapped.names[c][1] for c in chosen], donor.name)
@@ -64,6 +65,9 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     selected = [n for n in layers if any(layer_of(c) == n for c in chosen)]
     report = {
         "method": request.method,
+        "dtype": request.dtype or "host's",
+        "rounding": request.rounding,
+        "numerics": request.numerics,
         "host": {"name": host.name, "class": _class_of(part.config), "family": known.name if known else None},
         "donor": {"name": donor.name, "class": _class_of(donor.part().config)},
         "base": base.name if base else None,

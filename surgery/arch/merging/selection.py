@@ -156,6 +156,17 @@ def parse_alpha(text: str) -> Shares:
     return Shares(gradient, by_layer)
 
 
+def check_layers(shares: Shares, count: int) -> None:
+    """Raise `UsageError` for a share of a layer that a tower of `count` layers does not have."""
+    for layer in shares.by_layer:
+        if not 0 <= layer < count:
+            raise UsageError(
+                "alpha",
+                f"--alpha: layer {layer} is out of range, the tower has {count} layers (0-{count - 1})",
+                hint="layers are counted from 0",
+            )
+
+
 def check_shares(shares: Shares, *, force: bool) -> None:
     """Raise `UsageError` for a share that is not finite, or outside [0, 1] without `force`."""
     for value in shares.every:

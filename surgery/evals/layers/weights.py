@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.arch.language.towers import TowerMap, find_towers, shapes_of
+from surgery.arch.language.locate import locate_tower
+from surgery.arch.language.towers import TowerMap, match_towers, named_tower, shapes_of, towers
 from surgery.errors import CheckpointError, UsageError, closest
 from surgery.store.checkpoint import Checkpoint
 
@@ -128,8 +129,13 @@ class OtherTower:
 
     def __init__(self, tower: Tower, name: str, other: Checkpoint) -> None:
         shapes = {n: tuple(p.shape) for n, p in tower.model.named_parameters()}
-        self.map: TowerMap = find_towers(
-            shapes, shapes_of(other.tensors), prefix=tower.prefix, host_name=name, donor_name=other.name
+        self.map: TowerMap = match_towers(
+            [named_tower(towers(shapes), tower.prefix, name)],
+            locate_tower(other),
+            shapes,
+            shapes_of(other.tensors),
+            host_name=name,
+            donor_name=other.name,
         )
         self._other = other
         self.names: Mapping[str, str] = {mine: theirs for mine, theirs in self.map.names.values()}

@@ -189,3 +189,24 @@ def test_a_base_that_is_not_theirs_is_refused(pair: Pair, command: Command, tmp_
     ended = command(*args)
     assert ended.code == 3 and "num_attention_heads: host 4, base 8" in ended.stderr, ended.stderr
     assert command(*args, "--force").code == 0
+
+
+def test_heads_of_other_size_in_equal_shapes_are_refused(pair: Pair, command: Command, tmp_path: Path) -> None:
+    """Four heads of 8 over two, and eight heads of 4 over four: every tensor has the same shape in both."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(pair.donor)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 4, 4
+    other = transformers.LlamaForCausalLM(config)
+    assert not any(other.load_state_dict(tensors(pair.donor)))  # as if it were the same model
+    other.to(torch.bfloat16).save_pretrained(tmp_path / "donor")
+    ended = command("merge", pair.host, "donor", "-o", "out")
+    assert ended.code == 3 and not (tmp_path / "out").exists()
+    for said in ("num_attention_heads: host 4, donor 8", "num_key_value_heads: host 2, donor 4", "head_dim: host 8"):
+        assert said in ended.stderr
+
+
+def test_a_share_of_a_layer_that_is_not_there_is_refused(pair: Pair, command: Command) -> None:
+    Path("shares.yml").write_text("layers: {4: 0.95}\n")
+    ended = command("merge", pair.host, pair.donor, "--alpha", "@shares.yml", "-o", "out")
+    assert ended.code == 2 and "layer 4 is out of range, the tower has 4 layers (0-3)" in ended.stderr

@@ -96,6 +96,17 @@ def test_a_tower_that_names_do_not_tell_is_merged_by_its_class(
     assert plan["found_by"] == "LlavaForConditionalGeneration" and plan["prefix"] == "language_model.model."
 
 
+def test_layers_in_memory_find_their_counterparts_on_disk(pythia: tuple[Path, Path]) -> None:
+    """What `probe layers --ablate donor` and `sweep merge` put into a loaded model."""
+    from surgery.evals.layers.weights import OtherTower, tower_of
+
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(pythia[0])
+    other = OtherTower(tower_of(model), "host", open_checkpoint(pythia[1]))
+    theirs = tensors(pythia[1])
+    for name in ("layers.2.attention.query_key_value.weight", "layers.0.mlp.dense_h_to_4h.bias"):
+        assert torch.equal(other.read(f"model.language_model.{name}"), theirs[f"gpt_neox.{name}"])
+
+
 def test_a_second_copy_of_the_tower_is_told_apart_by_the_class(command: Callable[..., Any], tmp_path: Path) -> None:
     """Trainers leave averaged or reference weights in the same file; transformers ignores them, and so do we."""
     pair = vlm_pairs.make_pair(tmp_path, "llava_next")
@@ -154,6 +165,14 @@ def test_the_class_s_answer_may_be_that_models_differ(pythia: tuple[Path, Path],
         locate_towers(open_checkpoint(pythia[0]), open_checkpoint(donor))
     assert "the nearest is 'language_model.model.'" in raised.value.message
     assert "num_hidden_layers" in raised.value.message
+
+
+def test_a_config_of_a_billion_layers_is_not_built(pythia: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(pythia[1], tmp_path / "donor")
+    config = json.loads((tmp_path / "donor/config.json").read_text())
+    (tmp_path / "donor/config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers 1,000,000,000"):
+        class_tower(open_checkpoint(tmp_path / "donor"))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,30 @@ def test_the_tower_of_every_family_is_found_in_both_layouts(family: str, layout:
     assert beside and all(n.startswith(known.beside) for n in beside)
 
 
+# Layouts that no class of transformers writes: the original LLaVA's, InternVL2's and MiniCPM-V's own code.
+FOREIGN = {
+    "llava": {"language_model.model.": "model.", "language_model.lm_head": "lm_head",
+              "multi_modal_projector.": "model.mm_projector.", "vision_tower.": "model.vision_tower.vision_tower."},
+    "internvl": {"language_model.": "language_model.", "multi_modal_projector.": "mlp1.",
+                 "vision_tower.": "vision_model."},
+    "idefics2": {"model.text_model.": "llm.model.", "lm_head": "llm.lm_head", "model.vision_model.": "vpm.",
+                 "model.connector.": "resampler."},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("llava", "model."), ("internvl", "language_model.model."),
+                                                ("idefics2", "llm.model.")])  # fmt: skip
+def test_layouts_of_other_code_are_found_by_their_names(family: str, prefix: str, tmp_path: Path) -> None:
+    pair = vlm_pairs.make_pair(tmp_path, family)
+    host = {}
+    for name, shape in shapes(pair.host).items():
+        start = next((s for s in FOREIGN[family] if name.startswith(s)), "")
+        host[FOREIGN[family].get(start, "") + name.removeprefix(start)] = shape
+    found = find_towers(host, shapes(pair.donor))
+    known = find_towers(shapes(pair.host), shapes(pair.donor))
+    assert found.host_prefix == prefix and found.names.keys() == known.names.keys() and len(host) > len(found.names)
+
+
 def test_every_family_of_the_table_has_a_tiny_model() -> None:
     assert {f.host for f in FAMILIES} == {name for name, _ in vlm_pairs.CONFIGS.values()}
 
