@@ -130,16 +130,16 @@ def probe_layers(
     settings = {"model": host.name, "digest": f"sha256:{host.digest}", "eval": str(eval_data), "items": len(items)}
     settings |= {"metric": metric, "ablate": ablate, "module": module, "prompt": prompt}
     settings |= {"other": other.name if other else None}
+    if as_json:  # numbers first: a full disk must not cost them
+        output.data_json(settings | {"rows": table})
+    else:
+        header = ("layer", "group", "n", "intact", metric, "difference", "95 %")
+        output.table(header, [(r["layer"], r["group"], r["n"], *_numbers(r)) for r in table])
     if out is not None:
         _write_csv(out, table)
     if png is not None:
         title = f"{Path(host.name).name}: {module} of one layer, {ablate}"
         _draw(png, table, "layer", "group", title=title, x_label="layer", metric=metric)
-    if as_json:
-        output.data_json(settings | {"rows": table})
-        return
-    header = ("layer", "group", "n", "intact", metric, "difference", "95 %")
-    output.table(header, [(r["layer"], r["group"], r["n"], *_numbers(r)) for r in table])
     _mention(out, png)
 
 
@@ -238,22 +238,31 @@ def sweep_merge(
         result["chosen"] = {"layers": label, "alpha": share, "test": reported}
     elif dev:
         output.warn(f"{metric} is finite for no merge: none is chosen; see --dtype")
+    if as_json:
+        output.data_json(result)
+    else:
+        _show_sweep(table, metric, best, reported if best else [], (len(choose), len(rest)))
     if out is not None:
         _write_csv(out, table)
     if png is not None:
         _draw_sweep(png, table, vlm.name, llm.name, metric, window=window if len(shares) == 1 else None)
-    if as_json:
-        output.data_json(result)
-        return
+    _mention(out, png)
+
+
+def _show_sweep(
+    table: Sequence[dict[str, Any]],
+    metric: str,
+    best: tuple[str, float] | None,
+    reported: Sequence[dict[str, Any]],
+    counts: tuple[int, int],
+) -> None:
     header = ("layers", "host / donor", "group", "n", "host alone", metric, "difference", "95 %")
     shown = [(r["layers"], _shown_share(r["alpha"]), r["group"], r["n"], *_numbers(r)) for r in table]
     output.table(header, shown)
     if best is not None:
-        output.data(
-            f"\nchosen on these {len(choose)} items: layers {label}, {_shown_share(share)}; on the other {len(rest)}:"
-        )
+        where = f"layers {best[0]}, {_shown_share(best[1])}"
+        output.data(f"\nchosen on these {counts[0]} items: {where}; on the other {counts[1]}:")
         output.table(header[2:], [(r["group"], r["n"], *_numbers(r)) for r in reported])
-    _mention(out, png)
 
 
 def _prepare(

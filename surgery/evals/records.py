@@ -56,6 +56,8 @@ class Records:
             self.done: dict[str, Mapping[str, Any]] = self._read(resume and not overwrite)
         except BaseException:
             os.close(self._fd)
+            if not there and os.path.getsize(path) == 0:  # of a full disk: not even its first line is in it
+                os.unlink(path)
             raise
 
     def append(self, row: Mapping[str, Any]) -> None:
