@@ -83,18 +83,23 @@ def _check_depth(config: Mapping[str, Any], where: str) -> None:
 
 def _names_in_memory(model: Any, disk: Iterable[str]) -> dict[str, str]:
     """Name on disk -> name in the model, by the renamings of transformers' loader; what only changes values (fused or
-    stacked tensors) is left under its own name."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    stacked tensors) is left under its own name. Raises `ResourceError` where transformers renames in another way."""
+    import transformers
 
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     known = model.state_dict()
-    return {
-        name: rename_source_key(
-            name, renamings, [], base_model_prefix=model.base_model_prefix, meta_state_dict=known
-        )[0]
-        for name in disk
-    }  # fmt: skip
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+        around = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": known}
+        return {name: rename_source_key(name, steps, [], **around)[0] for name in disk}
+    except (ImportError, TypeError, AttributeError):  # nobody promised that this stays
+        raise ResourceError(
+            "other-version",
+            f"transformers {transformers.__version__} renames tensors in a way that is not known here",
+            hint="name the tower with --tower PREFIX",
+        ) from None
 
 
 def _decoder(model: Any, where: str) -> tuple[str, int, str | None]:

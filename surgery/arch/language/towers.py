@@ -242,7 +242,15 @@ class _Fit:
                     wrong, missing = wrong + 1, missing + 1
                     if wrong <= 3:
                         faults.append(f"the host has no '{printable(suffix)}' in layer {mine}")
-                        hint = hint or "another architecture; --ignore-extra leaves out what only the donor has"
+                        adapted = any(
+                            s.startswith(suffix.rpartition(".")[0] + ".base_layer.") for s in tower.layers[mine]
+                        )
+                        hint = hint or (
+                            "the host has adapters inside that were not merged: merge_and_unload of peft, or surgery "
+                            "lora apply, puts them into its weights first"
+                            if adapted
+                            else "another architecture; --ignore-extra leaves out what only the donor has"
+                        )
                 elif tuple(host[full]) != tuple(donor[name]):
                     wrong += 1
                     if wrong <= 3:

@@ -225,6 +225,16 @@ def test_the_private_interface_of_transformers_is_what_we_take_it_for() -> None:
     ] == ("m.new.weight")
 
 
+def test_another_interface_is_told_and_no_fault(
+    pythia: tuple[Path, Path], command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import conversion_mapping
+
+    monkeypatch.delattr(conversion_mapping, "get_model_conversion_mapping")
+    ended = command("merge", *pythia, "-o", "out")
+    assert ended.code == 3 and "renames tensors in a way that is not known here" in ended.stderr, ended.stderr
+
+
 def test_merging_two_odd_models_twice_gives_the_same_record(pythia: tuple[Path, Path], tmp_path: Path) -> None:
     results = [surgery.apply("merge", *pythia, out=tmp_path / name, alpha="0.5") for name in ("a", "b")]
     assert results[0].record["record"] == results[1].record["record"]

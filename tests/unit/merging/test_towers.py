@@ -111,6 +111,13 @@ def test_what_only_the_host_has_is_listed_and_what_only_the_donor_has_is_refused
     assert list(found.donor_only) == list(bias)
 
 
+def test_adapters_inside_the_host_are_named() -> None:
+    host = {n.replace("k_proj.weight", "k_proj.base_layer.weight"): s for n, s in layers("model.", 2).items()}
+    with pytest.raises(CheckpointError) as raised:
+        find_towers(host, layers("model.", 2))
+    assert "adapters inside" in raised.value.hint and "merge_and_unload" in raised.value.hint
+
+
 def test_a_model_without_a_language_tower_says_so() -> None:
     with pytest.raises(CheckpointError, match="no language model"):
         language_tower(layers("vision.", 2, tokens=False))
