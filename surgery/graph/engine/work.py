@@ -17,7 +17,7 @@ from surgery.errors import CheckpointError, ResourceError, SurgeryError, printab
 from surgery.graph.op import Compute, Op
 from surgery.store.checkpoint import TensorRef, read_chunks, read_tensor
 from surgery.store.digests import canonical_digest
-from surgery.store.ranges import copy_range, write_at
+from surgery.store.ranges import copy_range, start_writing, write_at
 from surgery.store.reader import MemoryReader, Reader, open_range
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def carry_out(job: Job, pickles: Pickles) -> dict[str, str]:
                 state.update(piece)
             position += len(piece)
             del piece  # not beside the next one
+        for fd, offset in opened:
+            start_writing(fd, offset, position)
     finally:
         for fd, _ in opened:
             os.close(fd)

@@ -22,7 +22,7 @@ from surgery.graph.run import RunOptions, run_op
 from surgery.ops.init import Init
 from surgery.store.checkpoint import open_checkpoint
 from surgery.store.journal import Journal, read_journal
-from surgery.store.ranges import copy_range
+from surgery.store.ranges import copy_range, start_writing
 from surgery.store.writer import PlannedFile, Workspace, atomic_write
 
 KEY = "0123456789ab" + "c" * 52
@@ -713,3 +713,18 @@ def test_kept_tensors_of_a_lone_file_are_taken_as_they_are(tmp_path: Path) -> No
         space.publish()
     found = open_checkpoint(tmp_path / "out" / "y.safetensors")
     assert found.digest == source.digest
+
+
+def test_starting_to_write_never_fails(tmp_path: Path) -> None:
+    """It is a hint: pipes and file systems that know nothing of it do without."""
+    read, write = os.pipe()
+    start_writing(write, 0, 10)
+    start_writing(-1, 0, 10)
+    for fd in (read, write):
+        os.close(fd)
+    with open(tmp_path / "f", "w+b") as file:
+        file.write(b"abc")
+        file.flush()
+        start_writing(file.fileno(), 0, 3)
+        start_writing(file.fileno(), 0, 0)
+    assert (tmp_path / "f").read_bytes() == b"abc"
