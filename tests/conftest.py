@@ -105,6 +105,14 @@ def command(
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache: what another test made is not found, and digests are known of this one's work alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SURGERY_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusion transformer for 8×8 digits with random weights (585 thousand parameters). Read only."""

@@ -5,16 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.errors import CheckpointError, Mismatch, UsageError, printable
 from surgery.graph.shards import parse_size
 from surgery.store import cache
 from surgery.store.digests import cache_folder
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-
-def ls(as_json: AsJson = False) -> None:
+def ls(as_json: flags.AsJson = False) -> None:
     """List the cached results, the longest unused first.
 
     Example:  surgery cache ls
@@ -44,7 +42,7 @@ def path(
     key: Annotated[
         str | None, typer.Argument(metavar="[KEY]", help="Start of a key: the folder of that result.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Print the folder of the cache, or of one result in it.
 
@@ -68,7 +66,7 @@ def gc(
         str, typer.Option("--max-size", metavar="SIZE", help="What may stay, e.g. 200GB; 0 for nothing.")
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
-    as_json: AsJson = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Remove the longest unused results until the rest fits; what a running command reads stays.
 
@@ -88,7 +86,7 @@ def gc(
         output.warn(f"{entry.key[:12]} is in use and stays")
 
 
-def verify(as_json: AsJson = False) -> None:
+def verify(as_json: flags.AsJson = False) -> None:
     """Read every byte of the cached results; what is damaged is dropped, and the exit status is 1.
 
     Example:  surgery cache verify

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.errors import UsageError
 from surgery.graph.op import build_op
 from surgery.graph.run import RunOptions, run_op
@@ -89,9 +89,9 @@ def demo(
     ] = False,
     n: Annotated[int, typer.Option("--n", min=40, help="Images sampled from each model.")] = 500,
     base: Annotated[str, typer.Option("--base", help="The model to graft.")] = "dit-digits",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Graft a small diffusion transformer on real digits, end to end: a table, pictures, and the commands to repeat it.
 

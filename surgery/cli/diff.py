@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import Different, UsageError, closest, printable
 from surgery.graph.diff import BlockDiff, Comparison, TensorDiff, block_of, compare
@@ -34,9 +34,9 @@ def diff(
         str | None, typer.Option("--dtype", help="With --base: what a merge would be stored as [default: as A].")
     ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave configs and other files out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
+    as_json: flags.AsJson = False,
+    offline: flags.Offline = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor; exit 1 when they differ.
 

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import CheckpointError, Mismatch, printable
 from surgery.store.checkpoint import Checkpoint
@@ -16,19 +15,17 @@ from surgery.store.record import undigested
 Source = Annotated[
     str, typer.Argument(metavar="CKPT", help="Folder, file, alias, hub id, or - for a path on standard input.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
 
 
 def inspect(
     source: Source,
-    as_json: AsJson = False,
+    as_json: flags.AsJson = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail on what the format allows but no writer should do.")
     ] = False,
     key: Annotated[str | None, typer.Option("--key", help="Dictionary to open inside a pickle, e.g. ema.")] = None,
-    offline: Offline = False,
+    offline: flags.Offline = False,
 ) -> None:
     """Show what a checkpoint holds, from headers alone.
 
@@ -77,11 +74,11 @@ def inspect(
 
 def log(
     source: Source,
-    as_json: AsJson = False,
+    as_json: flags.AsJson = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Also say how each group of tensors came to be.")] = False,
-    dot: Annotated[bool, typer.Option("--dot", help="Print the graph in the language of Graphviz.")] = False,
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the graph as a picture.")] = None,
-    offline: Offline = False,
+    dot: flags.Dot = False,
+    svg: flags.Svg = None,
+    offline: flags.Offline = False,
 ) -> None:
     """Show how a checkpoint came to be, back to the root.
 
@@ -118,7 +115,7 @@ def log(
         output.data(printable(line, limit=10_000))
 
 
-def verify(source: Source, as_json: AsJson = False, offline: Offline = False) -> None:
+def verify(source: Source, as_json: flags.AsJson = False, offline: flags.Offline = False) -> None:
     """Check every byte of a produced checkpoint against its record; exit 1 when anything differs.
 
     Example:  surgery verify out/hyena

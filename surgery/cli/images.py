@@ -1,21 +1,18 @@
 """Commands about images: sample, eval images."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
-from surgery.errors import OutputError, UsageError
+from surgery.errors import UsageError
 from surgery.graph.run import check_device
 
 
 def sample(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, alias, hub id, or - for a path on standard input.")
-    ],
+    model: flags.Model,
     out: Annotated[
         Path,
         typer.Option("-o", "--out", metavar="FILE.npz", help="Where the images go (arr_0 uint8, labels, settings)."),
@@ -34,16 +31,16 @@ def sample(
     cfg_channels: Annotated[
         str, typer.Option("--cfg-channels", help="Channels that guidance acts on: all, or 3 as in DiT's code.")
     ] = "all",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")] = None,
+    device: flags.Device = "cpu",
+    threads: flags.Threads = None,
     grid: Annotated[
         Path | None, typer.Option("--grid", metavar="FILE.png", help="Also draw the images, a row a class.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the path.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    overwrite: flags.Overwrite = False,
+    offline: flags.Offline = False,
+    as_json: flags.JsonNotPath = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Draw images from a class-conditional diffusion transformer, grafted or not.
 
@@ -52,8 +49,7 @@ def sample(
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     check_device(device)
     for flag, path, suffix in (("-o", out, ".npz"), ("--grid", grid, ".png")):
-        if path is not None:
-            _check_file(flag, path, suffix, overwrite=overwrite)
+        flags.check_file(flag, path, suffix, overwrite=overwrite)
     wanted = _classes(classes)
     base = open_source(model, offline=offline)
     from surgery.evals.images.checkpoint import sample_to_file
@@ -103,8 +99,8 @@ def eval_images(
     baseline: Annotated[
         Path | None, typer.Option("--baseline", metavar="B.npz", help="Also compare with another sample file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Frechet distance, KID, Inception score, precision and recall of sampled images.
 
@@ -137,20 +133,6 @@ def eval_images(
         output.data(f"against baseline  {name} {pair['base']:.4g} -> {pair['other']:.4g}   {pair['difference']:+.4g}")
     for text in result["notes"]:
         output.note(f"note: {text}")
-
-
-def _check_file(flag: str, path: Path, suffix: str, *, overwrite: bool) -> None:
-    """Refuse an output before the work for it starts: another kind of file, one that is there and was not to be
-    replaced, a folder that cannot be written to."""
-    if path.suffix != suffix:
-        raise UsageError(
-            "out", f"{flag} {path}: this is written as {suffix}", hint=f"{flag} {path.stem or 'out/samples'}{suffix}"
-        )
-    if os.path.lexists(path) and (not overwrite or not path.is_file()):
-        raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")
-    folder = next(p for p in path.absolute().parents if p.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError("not-writable", f"{path}: cannot write in {folder}", hint="check the folder and its rights")
 
 
 def _classes(text: str | None) -> list[int] | None:

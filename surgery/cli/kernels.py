@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.errors import Mismatch, ResourceError, UsageError, closest
 
 _DTYPES = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
@@ -18,8 +18,8 @@ def check(
         bool, typer.Option("--all", help="Also fp32, biases, gpt-oss's layout: about four times as many.")
     ] = False,
     workers: Annotated[int, typer.Option("--workers", help="Compilations at a time; 0: one per core.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Compile every shipped kernel configuration ahead of time; no GPU is needed and none is used.
 
@@ -114,8 +114,8 @@ def bench(
     backward: Annotated[bool, typer.Option("--backward", help="Time the backward pass too.")] = False,
     seconds: Annotated[float, typer.Option("--seconds", help="Least time for one figure on a CPU.")] = 0.5,
     seed: Annotated[int, typer.Option("--seed", help="Of the inputs.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Time routed experts by every backend that runs here, against a plain batched product and the machine's limit.
 

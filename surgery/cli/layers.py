@@ -1,6 +1,5 @@
 """Commands that change layers in memory and measure: probe layers, sweep merge."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.cli.vqa import check_groups, read_template
-from surgery.errors import OutputError, UsageError
+from surgery.errors import UsageError
 from surgery.graph.run import check_device
 
 _MODEL_HELP = "Folder, alias, hub id, or - for a path on standard input."
@@ -24,14 +23,8 @@ _Metric = Annotated[
 _Group = Annotated[str | None, typer.Option("--group-by", metavar="FIELD", help="Also by the values of a field.")]
 _Prompt = Annotated[str, typer.Option("--prompt", help="direct, cot or bare, as for eval vqa.")]
 _Template = Annotated[str | None, typer.Option("--chat-template", metavar="FILE", help="Another template, or none.")]
-_Limit = Annotated[int | None, typer.Option("--limit", min=1, help="So many items, drawn by --seed.")]
 _Seed = Annotated[int, typer.Option("--seed", help="Which items are drawn, and which go to --dev.")]
-_Batch = Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Items at a time.")]
 _Longest = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, for acc.")]
-_Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
-_Attn = Annotated[str | None, typer.Option("--attn", help="Implementation of attention: eager, sdpa, ….")]
-_Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")]
-_Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")]
 _Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.csv", help="Write the rows of the table.")]
 _Png = Annotated[Path | None, typer.Option("--png", metavar="FILE.png", help="Draw them.")]
 _Records = Annotated[
@@ -39,11 +32,6 @@ _Records = Annotated[
 ]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the measurements in --records.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, from headers alone.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
-_Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")]
-_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")]
 
 
 def probe_layers(
@@ -66,24 +54,24 @@ def probe_layers(
     group_by: _Group = None,
     prompt: _Prompt = "direct",
     chat_template: _Template = None,
-    limit: _Limit = None,
+    limit: flags.DrawnItems = None,
     seed: _Seed = 0,
-    batch: _Batch = 8,
+    batch: flags.BatchOfItems = 8,
     max_new_tokens: _Longest = 64,
-    dtype: _Dtype = "auto",
-    attn: _Attn = None,
-    device: _Device = "cpu",
-    threads: _Threads = None,
+    dtype: flags.Dtype = "auto",
+    attn: flags.Attn = None,
+    device: flags.Device = "cpu",
+    threads: flags.Threads = None,
     out: _Out = None,
     png: _Png = None,
     records: _Records = None,
     resume: _Resume = False,
     dry_run: _DryRun = False,
-    overwrite: _Overwrite = False,
-    offline: _Offline = False,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
-    verbose: _Verbose = False,
+    overwrite: flags.Overwrite = False,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Which layers matter: change one layer at a time in memory, measure, put it back. Nothing is written to the model.
 
@@ -92,7 +80,7 @@ def probe_layers(
     With another model's layers:  surgery probe layers ./vlm --eval q.jsonl --ablate donor --donor ./llm --metric acc
     """
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
-    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite, records, resume)
+    _prepare(device, threads, (("-o", out, ".csv"), ("--png", png, ".png")), overwrite, records, resume)
     named = {"base": base, "donor": donor}
     source = named.pop(ablate, None)
     if next(iter(v for v in named.values() if v), None) or (ablate in ("base", "donor") and source is None):
@@ -166,24 +154,24 @@ def sweep_merge(
     group_by: _Group = None,
     prompt: _Prompt = "direct",
     chat_template: _Template = None,
-    limit: _Limit = None,
+    limit: flags.DrawnItems = None,
     seed: _Seed = 0,
-    batch: _Batch = 8,
+    batch: flags.BatchOfItems = 8,
     max_new_tokens: _Longest = 64,
-    dtype: _Dtype = "auto",
-    attn: _Attn = None,
-    device: _Device = "cpu",
-    threads: _Threads = None,
+    dtype: flags.Dtype = "auto",
+    attn: flags.Attn = None,
+    device: flags.Device = "cpu",
+    threads: flags.Threads = None,
     out: _Out = None,
     png: _Png = None,
     records: _Records = None,
     resume: _Resume = False,
     dry_run: _DryRun = False,
-    overwrite: _Overwrite = False,
-    offline: _Offline = False,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
-    verbose: _Verbose = False,
+    overwrite: flags.Overwrite = False,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Measure merges at several host shares and layers without writing a checkpoint.
 
@@ -194,7 +182,7 @@ def sweep_merge(
     Windows:  surgery sweep merge ./vlm ./llm --alpha 0.5 --window 8 --stride 4 --eval questions.jsonl --metric nll
     """
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
-    _prepare(device, threads, ((out, ".csv"), (png, ".png")), overwrite, records, resume)
+    _prepare(device, threads, (("-o", out, ".csv"), ("--png", png, ".png")), overwrite, records, resume)
     shares = _shares(alpha)
     if not 0 <= dev < 1:
         raise UsageError("dev", f"--dev {dev:g}: not a share of the items", hint="from 0 to below 1")
@@ -268,30 +256,16 @@ def _show_sweep(
 def _prepare(
     device: str,
     threads: int | None,
-    files: Sequence[tuple[Path | None, str]],
+    files: Sequence[tuple[str, Path | None, str]],
     overwrite: bool,
     records: Path | None,
     resume: bool,
 ) -> None:
     check_device(device)
-    if records is not None and records.suffix != ".jsonl":
-        raise UsageError("out", f"{records}: records are written as .jsonl", hint=f"{records.stem}.jsonl")
-    if resume and records is None:
-        raise UsageError("resume", "--resume needs the file to go on with", hint="name it with --records")
-    for path, suffix in files:
-        if path is None:
-            continue
-        if path.suffix != suffix:
-            raise UsageError("out", f"{path}: this is written as {suffix}", hint=f"{path.stem or 'out/rows'}{suffix}")
-        if os.path.lexists(path) and (not (overwrite or resume) or not path.is_file()):
-            raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")
-        folder = next(p for p in path.absolute().parents if os.path.lexists(p))
-        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):  # before hours of measuring
-            raise OutputError("not-writable", f"{path}: {folder} takes no files", hint="name another place")
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    flags.check_records("--records", records, resume=resume)
+    for flag, path, suffix in files:
+        flags.check_file(flag, path, suffix, overwrite=overwrite or resume)
+    flags.use_threads(threads)
 
 
 def _items(data: Path, limit: int | None, seed: int, group_by: str | None) -> list[Any]:

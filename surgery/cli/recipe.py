@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import HASH, check_words, note_alone, note_undigested, open_source
 from surgery.graph.run import RunOptions, RunResult, check_device
 from surgery.graph.shards import parse_size
@@ -26,7 +26,6 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Another value: seed=3, inputs.base=PATH, STEP.PARAM=…; repeatable."
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of one computation; recorded.")]
 Workers = Annotated[
     int, typer.Option("--workers", min=0, help="Tensors in work at once [default: the cores, at most 4].")
@@ -36,11 +35,7 @@ Memory = Annotated[
     typer.Option("--max-memory", metavar="SIZE", help="Memory of the whole process [default: 60 % of what is free]."),
 ]
 Hash = Annotated[str, HASH]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that surgery made.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Dot = Annotated[bool, typer.Option("--dot", help="Print the graph in the language of Graphviz.")]
-Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the graph as a picture.")]
 
 
 def run(
@@ -48,7 +43,7 @@ def run(
     out: Out = None,
     set_: Set = None,
     threads: Threads = 1,
-    device: Device = "cpu",
+    device: flags.Device = "cpu",
     workers: Workers = 0,
     max_memory: Memory = None,
     link: Annotated[
@@ -67,10 +62,10 @@ def run(
     ] = False,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
-    offline: Offline = False,
-    as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Carry out the steps of a recipe. What lies there already, or in the cache, is not made again.
 
@@ -163,16 +158,16 @@ def plan(
     out: Out = None,
     set_: Set = None,
     threads: Threads = 1,
-    device: Device = "cpu",
+    device: flags.Device = "cpu",
     workers: Workers = 0,
     max_memory: Memory = None,
     hash_: Hash = "full",
     overwrite: Overwrite = False,
-    offline: Offline = False,
-    as_json: AsJson = False,
-    dot: Dot = False,
-    svg: Svg = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    dot: flags.Dot = False,
+    svg: flags.Svg = None,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Say what a recipe will do and cost, from headers alone: every step, what is at hand and why the rest is not.
 

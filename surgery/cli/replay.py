@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import Mismatch, UsageError, printable
 from surgery.graph.replay import Replayed, ReplayOptions
@@ -30,10 +30,10 @@ def replay(
     workers: Annotated[int, typer.Option("--workers", min=0, help="Tensors in work at once [default: the cores].")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that surgery made.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a replay that was interrupted.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the path.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    offline: flags.Offline = False,
+    as_json: flags.JsonNotPath = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Build a checkpoint again from its record and compare; exit 1 when another result comes out.
 

@@ -6,16 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import OutputError
 from surgery.graph.run import check_device
 
 
 def probe_routing(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, alias, hub id, or - for a path on standard input.")
-    ],
+    model: flags.Model,
     text: Annotated[
         str, typer.Option("--text", metavar="FILE", help="UTF-8 text; stdlib: sources of Python's standard library.")
     ] = "stdlib",
@@ -28,13 +26,13 @@ def probe_routing(
     dtype: Annotated[
         str, typer.Option("--dtype", help="float32, bfloat16, float16, auto [default: float32 on a CPU].")
     ] = "",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    device: flags.Device = "cpu",
+    threads: flags.Threads = None,
+    overwrite: flags.Overwrite = False,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Which experts the routers of a mixture or a Chain-of-Experts choose, in every layer and pass.
 

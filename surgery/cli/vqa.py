@@ -6,16 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import CheckpointError, SurgeryError, UsageError
 from surgery.graph.run import check_device
 
 
 def eval_vqa(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, alias, hub id, or - for a path on standard input.")
-    ],
+    model: flags.Model,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="FILE", help="Questions: .jsonl, or a benchmark's .tsv.")
     ] = None,
@@ -28,21 +26,19 @@ def eval_vqa(
     prompt: Annotated[
         str, typer.Option("--prompt", help="direct (the answer alone), cot (reasons first), bare (as in the data).")
     ] = "direct",
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="FILE", help="Another chat template, or none.")
-    ] = None,
+    chat_template: flags.ChatTemplate = None,
     group_by: Annotated[
         list[str] | None,
         typer.Option("--group-by", metavar="FIELD", help="Also by the values of a field; several times."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="So many items, drawn by --seed.")] = None,
+    limit: flags.DrawnItems = None,
     seed: Annotated[int, typer.Option("--seed", help="Which items --limit draws.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Items at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 1024,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")] = "auto",
-    attn: Annotated[str | None, typer.Option("--attn", help="Implementation of attention: eager, sdpa, ….")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")] = None,
+    batch: flags.BatchOfItems = 8,
+    max_new_tokens: flags.LongestAnswer = 1024,
+    dtype: flags.Dtype = "auto",
+    attn: flags.Attn = None,
+    device: flags.Device = "cpu",
+    threads: flags.Threads = None,
     backend: Annotated[str, typer.Option("--backend", help="local, lmms-eval or vlmevalkit.")] = "local",
     tasks: Annotated[
         str | None, typer.Option("--tasks", metavar="LIST", help="The other harness's own names of data sets.")
@@ -53,10 +49,10 @@ def eval_vqa(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the records in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Ask a vision-language model questions and score its answers by rules, without a judge.
 
@@ -78,10 +74,7 @@ def eval_vqa(
         raise UsageError("data", "no questions", hint="name a .jsonl or .tsv file with --data")
     if tasks is not None or checkout is not None:
         raise UsageError("tasks", "--tasks and --checkout are for other harnesses", hint="add --backend lmms-eval")
-    if out is not None and out.suffix != ".jsonl":
-        raise UsageError("out", f"-o {out}: records are written as .jsonl", hint=f"-o {out.stem or 'results'}.jsonl")
-    if resume and out is None:
-        raise UsageError("resume", "--resume needs the file to go on with", hint="name it with -o")
+    flags.check_records("-o", out, resume=resume)
     check_device(device)
     template = read_template(chat_template)
     from surgery.evals.vqa.evaluate import evaluate, summary
@@ -93,10 +86,7 @@ def eval_vqa(
     if dry_run:
         _show_items(base, items, prompt, template, as_json=as_json)
         return
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    flags.use_threads(threads)
     with output.Progress() as report:
         records = evaluate(
             base,
@@ -140,7 +130,7 @@ def compare(
     flips: Annotated[int, typer.Option("--flips", min=0, help="How many flipped items to list.")] = 10,
     seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every flip.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Compare two evaluations item by item: difference, exact p of McNemar's test, intervals, what flipped.
 

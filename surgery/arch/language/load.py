@@ -110,7 +110,9 @@ def load_processor(base: Checkpoint) -> Any:
     """
     language_config(base)
     if base.layout == "gguf":
-        return _gguf_tokenizer(base)
+        inside = {"gguf_file": base.path.name}
+        hints = ("install surgery with its extra 'gguf'", "use the model's folder instead of its GGUF file")
+        return _read_processor(base, "AutoTokenizer", "the tokenizer in the file", *hints, **inside)
     here = {name for name in base.side_files if "/" not in name}
     if not here & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}:
         raise CheckpointError(
@@ -125,44 +127,27 @@ def load_processor(base: Checkpoint) -> Any:
             f"{base.name}: no processor beside the weights (no processor_config.json, preprocessor_config.json)",
             hint="copy the processor files of the model that it was made from into the folder",
         )
-    import transformers
-
-    kind = transformers.AutoProcessor if with_images else transformers.AutoTokenizer
-    with quiet_transformers():
-        try:
-            return kind.from_pretrained(base.root, local_files_only=True, trust_remote_code=False)
-        except ImportError as err:
-            raise ResourceError(
-                "missing-package", f"{base.name}: its processor needs more: {first_line(err)}", hint="install it"
-            ) from err
-        except Exception as err:  # transformers raises whatever its parsers raise
-            raise CheckpointError(
-                "bad-processor",
-                f"{base.name}: its processor cannot be read: {first_line(err)}",
-                hint="fetch the tokenizer and processor files again",
-            ) from err
+    hints = ("install it", "fetch the tokenizer and processor files again")
+    return _read_processor(base, "AutoProcessor" if with_images else "AutoTokenizer", "its processor", *hints)
 
 
-def _gguf_tokenizer(base: Checkpoint) -> Any:
-    """The tokenizer and chat template inside a GGUF file."""
+def _read_processor(base: Checkpoint, kind: str, what: str, if_lacking: str, if_bad: str, **more: Any) -> Any:
+    """What transformers' class `kind` makes of the folder; the rest are words for errors: what it is called, and what
+    to do where a package is missing or it cannot be read."""
     import transformers
 
     with quiet_transformers():
         try:
-            found = transformers.AutoTokenizer.from_pretrained(
-                base.root, gguf_file=base.path.name, local_files_only=True, trust_remote_code=False
-            )
+            auto = getattr(transformers, kind)
+            return auto.from_pretrained(base.root, local_files_only=True, trust_remote_code=False, **more)
         except ImportError as err:
             raise ResourceError(
-                "missing-package", f"{base.name}: {first_line(err)}", hint="install surgery with its extra 'gguf'"
+                "missing-package", f"{base.name}: {what} needs more: {first_line(err)}", hint=if_lacking
             ) from err
         except Exception as err:  # transformers raises whatever its parsers raise
             raise CheckpointError(
-                "bad-processor",
-                f"{base.name}: the tokenizer in the file cannot be read: {first_line(err)}",
-                hint="use the model's folder instead of its GGUF file",
+                "bad-processor", f"{base.name}: {what} cannot be read: {first_line(err)}", hint=if_bad
             ) from err
-    return found
 
 
 def _weights(base: Checkpoint, options: dict[str, Any]) -> tuple[Any]:

@@ -1,20 +1,18 @@
 """adaptvis analyze: what a model's attention to pictures says."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.cli.vqa import read_template
-from surgery.errors import OutputError, UsageError
 from surgery.graph.run import check_device
 
 
 def analyze(
-    model: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, alias, hub id, or - for a path on stdin.")],
+    model: flags.Ckpt,
     data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="Questions, with boxes for the overlap.")],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE.json", help="Keep the report as JSON.")
@@ -25,22 +23,20 @@ def analyze(
         int | None, typer.Option("--window", min=1, help="Layers of a knock-out [default: an eighth].")
     ] = None,
     no_knock_out: Annotated[bool, typer.Option("--no-knock-out", help="Leave the knock-outs out.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many questions.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 20,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="FILE", help="Another chat template, or none.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")] = "auto",
-    attn: Annotated[str | None, typer.Option("--attn", help="Attention: sdpa or eager.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    limit: flags.FirstQuestions = None,
+    batch: flags.BatchOfQuestions = 8,
+    max_new_tokens: flags.LongestAnswer = 20,
+    chat_template: flags.ChatTemplate = None,
+    seed: flags.BootstrapSeed = 0,
+    overwrite: flags.Overwrite = False,
+    device: flags.Device = "cpu",
+    dtype: flags.Dtype = "auto",
+    attn: flags.SteeredAttn = None,
+    threads: flags.Threads = None,
+    offline: flags.Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Where plain answers look: attention on the picture by layer, overlap with the things that are asked about and
     whether it goes with right answers, confidence, and what knock-outs cost.
@@ -51,16 +47,12 @@ def analyze(
 
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     for flag, path, suffix in (("-o", out, ".json"), ("--csv", csv, ".csv"), ("--plot", plot, ".png")):
-        if path is not None:
-            check_file(flag, path, suffix, overwrite=overwrite)
+        flags.check_file(flag, path, suffix, overwrite=overwrite)
     check_device(device)
     base = open_source(model, offline=offline)
     template = read_template(chat_template)
     items = read_items(data, limit=limit)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    flags.use_threads(threads)
     from surgery.arch.language.load import load
     from surgery.evals.attention.analyze import analyze as work
     from surgery.evals.attention.analyze import per_layer_csv
@@ -155,13 +147,3 @@ def _pair(pair: Any) -> str:
 def _auroc(row: dict[str, Any], score: str) -> str:
     pair = row[f"{score}_auroc_interval"]
     return _or(row[f"{score}_auroc"]) + (f" {_pair(pair)}" if pair else "")
-
-
-def check_file(flag: str, path: Path, suffix: str, *, overwrite: bool) -> None:
-    """Refuse a file to write before the work for it starts: another kind, or one that is there."""
-    if path.suffix != suffix:
-        raise UsageError(
-            "out", f"{flag} {path}: this is written as {suffix}", hint=f"{flag} {path.stem or 'out'}{suffix}"
-        )
-    if os.path.lexists(path) and not (overwrite and path.is_file()):
-        raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")

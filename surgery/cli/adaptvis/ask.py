@@ -5,23 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import CheckpointError, UsageError
 from surgery.graph.run import check_device
 
-Model = Annotated[str, typer.Argument(metavar="CKPT", help="Folder, alias, hub id, or - for a path on standard input.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
-Attn = Annotated[str | None, typer.Option("--attn", help="Attention: sdpa or eager.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")]
-
 
 def ask(
-    model: Model,
+    model: flags.Ckpt,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     alpha: Annotated[
@@ -32,24 +23,22 @@ def ask(
     ] = None,
     alpha2: Annotated[float | None, typer.Option("--alpha2", help="Alpha where it is not.")] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="Threshold of the confidence.")] = None,
-    layers: Annotated[str | None, typer.Option("-l", "--layers", metavar="0-31", help="Text layers to steer.")] = None,
-    heads: Annotated[str | None, typer.Option("--heads", metavar="L:H,..", help="Heads to steer, 8:3,7 9:1.")] = None,
-    mode: Annotated[str, typer.Option("--mode", help="logit, mass-preserving, bias, abs or knock-out.")] = "logit",
+    layers: flags.TextLayers = None,
+    heads: flags.Heads = None,
+    mode: flags.Mode = "logit",
     rules: Annotated[
         Path | None, typer.Option("--rules", metavar="FILE.json", help="Steering rules as data, with their own alphas.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also say what steering did: tokens, attention.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 100,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="FILE", help="Another chat template, or none.")
-    ] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attn: Attn = None,
-    threads: Threads = None,
-    offline: Offline = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    max_new_tokens: flags.LongestAnswer = 100,
+    chat_template: flags.ChatTemplate = None,
+    device: flags.Device = "cpu",
+    dtype: flags.Dtype = "auto",
+    attn: flags.SteeredAttn = None,
+    threads: flags.Threads = None,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Ask one question about a picture, steered: by numbers given here, by rules, or by the checkpoint's own patch.
 
@@ -183,13 +172,11 @@ def _template(name: str | None) -> str | None:
 
 def load_steerable(base: Any, *, device: str, dtype: str, attn: str | None, threads: int | None) -> Any:
     """The model with its processor, one whose attention has image keys. Raises as the loader does."""
-    import torch
 
     from surgery.arch.language.load import load
     from surgery.steering.carried import text_sizes
 
-    if threads:
-        torch.set_num_threads(threads)
+    flags.use_threads(threads)
     text_sizes(base)  # what cannot be steered is refused before its weights are read
     return load(base, dtype=dtype, attn=attn, device=device)
 

@@ -1,17 +1,14 @@
 """adaptvis data: make scenes, import benchmarks."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
-from surgery.errors import OutputError, UsageError
+from surgery.cli import flags, output
+from surgery.errors import UsageError
 
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what was made before.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the path.")]
-_Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")]
 _Val = Annotated[float | None, typer.Option("--val-fraction", help="Also write val and test files, split by group.")]
 _Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
@@ -31,8 +28,8 @@ def make(
     val_fraction: Annotated[float, typer.Option("--val-fraction", help="Share of the groups in val.jsonl.")] = 0.2,
     seed: _Seed = 0,
     overwrite: _Overwrite = False,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    as_json: flags.JsonNotPath = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Draw scenes of simple things and ask where they are: val.jsonl, test.jsonl and the pictures.
 
@@ -72,8 +69,8 @@ def import_whatsup(
     val_fraction: _Val = None,
     seed: _Seed = 1,
     overwrite: _Overwrite = False,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    as_json: flags.JsonNotPath = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Import What's Up (Controlled A and B, COCO, VG): question file, annotations and pictures into one file.
 
@@ -83,7 +80,7 @@ def import_whatsup(
     from surgery.data.spatial.whatsup import read_whatsup
 
     output.Talk.quiet = quiet
-    _check_out(out, overwrite)
+    flags.check_file("-o", out, ".jsonl", overwrite=overwrite)
     _write(out, read_whatsup(questions, annotations, images), val_fraction, seed, overwrite, as_json=as_json)
 
 
@@ -94,8 +91,8 @@ def import_vsr(
     val_fraction: _Val = None,
     seed: _Seed = 1,
     overwrite: _Overwrite = False,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    as_json: flags.JsonNotPath = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Import VSR: is the statement about the picture right, yes or no?
 
@@ -104,7 +101,7 @@ def import_vsr(
     from surgery.data.spatial.whatsup import read_vsr
 
     output.Talk.quiet = quiet
-    _check_out(out, overwrite)
+    flags.check_file("-o", out, ".jsonl", overwrite=overwrite)
     _write(out, read_vsr(captions, images), val_fraction, seed, overwrite, as_json=as_json)
 
 
@@ -117,7 +114,7 @@ def _write(out: Path, items: list[Any], val: float | None, seed: int, overwrite:
         held, rest = split_groups(items, val=val, seed=seed)
         parts = {out.with_suffix(".val.jsonl"): held, out.with_suffix(".test.jsonl"): rest}
         for path, part in parts.items():
-            _check_out(path, overwrite)
+            flags.check_file("-o", path, ".jsonl", overwrite=overwrite)
             if not part:
                 raise UsageError("fraction", f"{path} would be empty", hint="another --val-fraction")
     for path, part in parts.items():
@@ -134,13 +131,6 @@ def _answer(out: Path, counts: dict[str, int], *, as_json: bool) -> None:
         output.data_json({"path": str(out), "items": counts})
     else:
         output.data(str(out))
-
-
-def _check_out(path: Path, overwrite: bool) -> None:
-    if path.suffix != ".jsonl":
-        raise UsageError("out", f"-o {path}: this is written as .jsonl", hint=f"-o {path.stem or 'items'}.jsonl")
-    if os.path.lexists(path) and not (overwrite and path.is_file()):
-        raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")
 
 
 def _range(flag: str, text: str) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.cli.vqa import read_template
 from surgery.errors import UsageError, closest
@@ -17,8 +17,8 @@ _MATCH = ("strict", "reference", "both")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, alias, hub id, or - for a path on stdin.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="Questions, as adaptvis data makes them.")],
+    model: flags.Ckpt,
+    data: flags.Questions,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="base, scaling, adapt, vcd, dola; several, by commas.")
     ] = None,
@@ -29,8 +29,8 @@ def evaluate(
     tuned: Annotated[
         Path | None, typer.Option("--from", metavar="TUNE.json", help="Take the numbers that adaptvis tune wrote.")
     ] = None,
-    layers: Annotated[str | None, typer.Option("-l", "--layers", metavar="0-31", help="Text layers to steer.")] = None,
-    heads: Annotated[str | None, typer.Option("--heads", metavar="L:H,..", help="Heads to steer, 8:3,7 9:1.")] = None,
+    layers: flags.TextLayers = None,
+    heads: flags.Heads = None,
     mode: Annotated[str | None, typer.Option("--mode", help="logit, mass-preserving, bias or abs.")] = None,
     confidence: Annotated[
         str | None, typer.Option("--confidence", help="max-prob, option-prob, margin or entropy.")
@@ -39,18 +39,16 @@ def evaluate(
         int | None, typer.Option("--confidence-decimals", min=0, help="Round it first; the reference code uses 2.")
     ] = None,
     match: Annotated[str, typer.Option("--match", help="How answers are read: strict, reference or both.")] = "strict",
-    answer: Annotated[str, typer.Option("--answer", help="generate (read the text) or closed-set.")] = "generate",
+    answer: flags.Answer = "generate",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE.jsonl", help="Keep a record of every item.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the records of -o.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the records of -o.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many questions.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 20,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="FILE", help="Another chat template, or none.")
-    ] = None,
+    limit: flags.FirstQuestions = None,
+    batch: flags.BatchOfQuestions = 8,
+    max_new_tokens: flags.LongestAnswer = 20,
+    chat_template: flags.ChatTemplate = None,
     rms_norm_eps: Annotated[
         float | None, typer.Option("--rms-norm-eps", help="Another epsilon of the norms; the reference uses 1e-6.")
     ] = None,
@@ -58,15 +56,15 @@ def evaluate(
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", metavar="URL", help="Ask a server for CKPT instead; base alone.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")] = "auto",
-    attn: Annotated[str | None, typer.Option("--attn", help="Attention: sdpa or eager.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")] = None,
+    device: flags.Device = "cpu",
+    dtype: flags.Dtype = "auto",
+    attn: flags.SteeredAttn = None,
+    threads: flags.Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be asked, and how; run nothing.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for CKPT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Ask where things are, plainly and steered, and compare: accuracy, pairs and sets, confidence, gains.
 
@@ -81,7 +79,7 @@ def evaluate(
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     if match not in _MATCH:
         raise UsageError("match", f"--match {match}: unknown", hint=closest(match, list(_MATCH)))
-    _check_out(out, resume)
+    flags.check_records("-o", out, resume=resume)
     check_device(device)
     base = None if endpoint else open_source(model, offline=offline)
     numbers = {"alpha1": alpha1, "alpha2": alpha2, "beta": beta}
@@ -104,10 +102,7 @@ def evaluate(
         shown = {"items": len(items), "pictures": len({i.images for i in items}), **asking.settings()}
         output.data_json(shown) if as_json else output.table(("setting", "value"), list(shown.items()))
         return
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    flags.use_threads(threads)
     what = {"endpoint": model} if base is None else {"digest": f"sha256:{base.digest}", "dtype": dtype}
     if rms_norm_eps is not None:
         what["rms_norm_eps"] = str(rms_norm_eps)
@@ -201,13 +196,6 @@ def _tuned_scale(stored: Mapping[str, Any]) -> Any:
 
 def _methods(given: list[str] | None) -> tuple[str, ...]:
     return tuple(m.strip() for text in given or ["base"] for m in text.split(",") if m.strip())
-
-
-def _check_out(out: Path | None, resume: bool) -> None:
-    if out is not None and out.suffix != ".jsonl":
-        raise UsageError("out", f"-o {out}: records are written as .jsonl", hint=f"-o {out.stem or 'results'}.jsonl")
-    if resume and out is None:
-        raise UsageError("resume", "--resume needs the file to go on with", hint="name it with -o")
 
 
 class _answerer:

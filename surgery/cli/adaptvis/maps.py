@@ -1,22 +1,21 @@
 """adaptvis map: where a model looks when it answers."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
+from surgery.cli import flags, output
 from surgery.cli.adaptvis.ask import check_picture
 from surgery.cli.adaptvis.evaluate import settings_of
 from surgery.cli.operation import open_source
 from surgery.cli.vqa import read_template
-from surgery.errors import OutputError, UsageError
+from surgery.errors import UsageError
 from surgery.graph.run import check_device
 
 
 def draw_map(
-    model: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, alias, hub id, or - for a path on stdin.")],
+    model: flags.Ckpt,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked about it.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.png", help="The picture to draw.")],
@@ -28,8 +27,8 @@ def draw_map(
         str | None, typer.Option("--layer", help="A layer, several (3,8-10), or all [default: one past the middle].")
     ] = None,
     head: Annotated[str, typer.Option("--head", help="mean or max over heads, or a head's number.")] = "mean",
-    layers: Annotated[str | None, typer.Option("-l", "--layers", metavar="0-31", help="Text layers to steer.")] = None,
-    heads: Annotated[str | None, typer.Option("--heads", metavar="L:H,..", help="Heads to steer, 8:3,7 9:1.")] = None,
+    layers: flags.TextLayers = None,
+    heads: flags.Heads = None,
     mode: Annotated[str | None, typer.Option("--mode", help="logit, mass-preserving, bias, abs, knock-out.")] = None,
     box: Annotated[
         list[str] | None, typer.Option("--box", metavar="NAME:L,T,R,B", help="Outline a thing; pixels; several times.")
@@ -40,17 +39,15 @@ def draw_map(
         Path | None,
         typer.Option("--npy", metavar="FILE.npy", help="Also the attention: [alphas, layers, heads, keys]."),
     ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="FILE", help="Another chat template, or none.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")] = "auto",
-    attn: Annotated[str | None, typer.Option("--attn", help="Attention: sdpa or eager.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: all cores].")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the path.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr.")] = False,
+    chat_template: flags.ChatTemplate = None,
+    overwrite: flags.Overwrite = False,
+    device: flags.Device = "cpu",
+    dtype: flags.Dtype = "auto",
+    attn: flags.SteeredAttn = None,
+    threads: flags.Threads = None,
+    offline: flags.Offline = False,
+    as_json: flags.JsonNotPath = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Draw where the position that answers looks in a picture, before and after steering.
 
@@ -61,8 +58,7 @@ def draw_map(
     """
     output.Talk.quiet = quiet
     for flag, path, suffix in (("-o", out, ".png"), ("--npy", npy, ".npy")):
-        if path is not None:
-            _check_file(flag, path, suffix, overwrite)
+        flags.check_file(flag, path, suffix, overwrite=overwrite)
     boxes = [_box(text) for text in box or []]
     check_device(device)
     check_picture(image)
@@ -76,10 +72,7 @@ def draw_map(
         raise UsageError("scale", f"--scale {scale}: unknown", hint=" or ".join(SCALES))
     for value in alpha or []:
         check_alpha("--alpha", value, spec["patch"].mode)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    flags.use_threads(threads)
     result = _draw(
         base, image, question, out, alpha, spec, side_by_side, layer, head, boxes, scale, smooth, npy,
         (dtype, attn, device), read_template(chat_template),
@@ -208,12 +201,3 @@ def _box(text: str) -> tuple[str, tuple[float, float, float, float]]:
     if not (left < right and top < bottom):
         raise UsageError("box", f"--box {text}: not a name and four pixels", hint="--box circle:10,20,30,40")
     return name, (left, top, right, bottom)
-
-
-def _check_file(flag: str, path: Path, suffix: str, overwrite: bool) -> None:
-    if path.suffix != suffix:
-        raise UsageError(
-            "out", f"{flag} {path}: this is written as {suffix}", hint=f"{flag} {path.stem or 'heat'}{suffix}"
-        )
-    if os.path.lexists(path) and not (overwrite and path.is_file()):
-        raise OutputError("exists", f"{path}: is already there", hint="name another file, or pass --overwrite")

@@ -6,9 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
-from surgery.cli.adaptvis.analyze import check_file
-from surgery.cli.adaptvis.ask import AsJson, Attn, Device, Dtype, Model, Offline, Quiet, Threads
+from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.cli.vqa import read_template
 from surgery.errors import UsageError
@@ -16,11 +14,11 @@ from surgery.graph.run import check_device
 
 
 def probe_attention(
-    model: Model,
-    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="Questions, as adaptvis data makes them.")],
+    model: flags.Ckpt,
+    data: flags.Questions,
     by: Annotated[str, typer.Option("--by", help="head or layer: what is steered at a time.")] = "head",
     alpha: Annotated[float, typer.Option("--alpha", help="Its alpha.")] = 2.0,
-    mode: Annotated[str, typer.Option("--mode", help="logit, mass-preserving, bias, abs or knock-out.")] = "logit",
+    mode: flags.Mode = "logit",
     rules: Annotated[
         Path | None, typer.Option("--rules", metavar="FILE.json", help="Measure these rules instead of profiling.")
     ] = None,
@@ -30,22 +28,20 @@ def probe_attention(
         Path | None, typer.Option("--best", metavar="FILE.json", help="Also a rule that steers the --top heads.")
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many heads to list, and to put into --best.")] = 8,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many questions.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 20,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="FILE", help="Another chat template, or none.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attn: Attn = None,
-    threads: Threads = None,
-    offline: Offline = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    limit: flags.FirstQuestions = None,
+    batch: flags.BatchOfQuestions = 8,
+    max_new_tokens: flags.LongestAnswer = 20,
+    chat_template: flags.ChatTemplate = None,
+    seed: flags.BootstrapSeed = 0,
+    overwrite: flags.Overwrite = False,
+    device: flags.Device = "cpu",
+    dtype: flags.Dtype = "auto",
+    attn: flags.SteeredAttn = None,
+    threads: flags.Threads = None,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Which heads carry the answer: steer one at a time and see how the right answer's probability moves.
 
@@ -59,8 +55,7 @@ def probe_attention(
 
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     for flag, path, suffix in (("-o", out, ".json"), ("--plot", plot, ".png"), ("--best", best, ".json")):
-        if path is not None:
-            check_file(flag, path, suffix, overwrite=overwrite)
+        flags.check_file(flag, path, suffix, overwrite=overwrite)
     if by not in ("head", "layer"):
         raise UsageError("by", f"--by {by}: unknown", hint="head or layer")
     if rules is not None and (plot or best):
@@ -72,10 +67,7 @@ def probe_attention(
     base = open_source(model, offline=offline)
     items = read_items(data, limit=limit)
     template = read_template(chat_template)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    flags.use_threads(threads)
     from surgery.arch.language.load import load
     from surgery.evals.attention.profile import measure_rules, profile
     from surgery.evals.spatial.evaluate import Asking

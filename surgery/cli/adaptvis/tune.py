@@ -1,6 +1,5 @@
 """surgery adaptvis tune: alphas and threshold for a model and a task, with what they are worth on held-out items."""
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
-from surgery.cli.adaptvis.ask import AsJson, Attn, Device, Dtype, Model, Offline, Quiet, Threads, load_steerable
+from surgery.cli import flags, output
+from surgery.cli.adaptvis.ask import load_steerable
 from surgery.cli.operation import open_source
 from surgery.cli.vqa import read_template
-from surgery.errors import OutputError, UsageError, closest
+from surgery.errors import UsageError, closest
 from surgery.graph.run import check_device
 
 _MATCH = {"strict": "right", "reference": "reference"}
@@ -20,8 +19,8 @@ _NEXT = "surgery adaptvis attach {model} --from {out} -o OUT"
 
 
 def tune(
-    model: Model,
-    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="Questions, as adaptvis data makes them.")],
+    model: flags.Ckpt,
+    data: flags.Questions,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="TUNE.json", help="Where the numbers go.")],
     alphas: Annotated[str, typer.Option("--alphas", help="The grid; 1 (the plain model) must be in it.")] = (
         "0.5,0.8,1,1.2,1.5,2"
@@ -38,8 +37,8 @@ def tune(
         str, typer.Option("--objective", help="accuracy, balanced (mean recall), or groups (whole groups right).")
     ] = "accuracy",
     folds: Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-fitted accuracy.")] = 5,
-    layers: Annotated[str | None, typer.Option("-l", "--layers", metavar="0-31", help="Text layers to steer.")] = None,
-    heads: Annotated[str | None, typer.Option("--heads", metavar="L:H,..", help="Heads to steer, 8:3,7 9:1.")] = None,
+    layers: flags.TextLayers = None,
+    heads: flags.Heads = None,
     mode: Annotated[str, typer.Option("--mode", help="logit, mass-preserving, bias or abs.")] = "logit",
     rows: Annotated[str, typer.Option("--rows", help="Steered positions: last, last:N or after-image.")] = "last",
     steps: Annotated[str, typer.Option("--steps", help="first: the prompt alone; all: every decoded token.")] = "first",
@@ -51,26 +50,24 @@ def tune(
         int | None, typer.Option("--confidence-decimals", min=0, max=12, help="Round it; the reference code uses 2.")
     ] = None,
     match: Annotated[str, typer.Option("--match", help="How answers are read: strict or reference.")] = "strict",
-    answer: Annotated[str, typer.Option("--answer", help="generate (read the text) or closed-set.")] = "generate",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 20,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many questions.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")] = 8,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="FILE", help="Another chat template, or none.")
-    ] = None,
+    answer: flags.Answer = "generate",
+    max_new_tokens: flags.LongestAnswer = 20,
+    limit: flags.FirstQuestions = None,
+    batch: flags.BatchOfQuestions = 8,
+    chat_template: flags.ChatTemplate = None,
     records: Annotated[
         Path | None, typer.Option("--records", metavar="FILE.jsonl", help="Keep every answer, to go on from.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the records of --records.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace -o and --records.")] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attn: Attn = None,
-    threads: Threads = None,
-    offline: Offline = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More talk on stderr.")] = False,
+    device: flags.Device = "cpu",
+    dtype: flags.Dtype = "auto",
+    attn: flags.SteeredAttn = None,
+    threads: flags.Threads = None,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Find alpha1, alpha2 and beta for a model and a task, and say what they are worth on held-out items.
 
@@ -87,7 +84,8 @@ def tune(
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     if match not in _MATCH:
         raise UsageError("match", f"--match {match}: unknown", hint=closest(match, list(_MATCH)))
-    _check_out(out, records, resume=resume, overwrite=overwrite)
+    flags.check_file("-o", out, ".json", overwrite=overwrite)
+    flags.check_records("--records", records, resume=resume)
     check_device(device)
     values = _grid(alphas, mode)
     base = open_source(model, offline=offline)
@@ -184,17 +182,6 @@ def _parts(items: Sequence[Any], fraction: float | None, seed: int) -> tuple[Seq
             raise UsageError("split", "no item is in the split 'val'", hint="give --val-fraction 0.2")
         return val, test
     return split_groups(items, val=0.2 if fraction is None else fraction, seed=seed)
-
-
-def _check_out(out: Path, records: Path | None, *, resume: bool, overwrite: bool) -> None:
-    if out.suffix != ".json":
-        raise UsageError("out", f"-o {out}: this is written as .json", hint=f"-o {out.stem or 'tune'}.json")
-    if os.path.lexists(out) and (not overwrite or not out.is_file()):
-        raise OutputError("exists", f"{out}: is already there", hint="name another file, or pass --overwrite")
-    if records is not None and records.suffix != ".jsonl":
-        raise UsageError("records", f"--records {records}: written as .jsonl", hint=f"--records {records.stem}.jsonl")
-    if resume and records is None:
-        raise UsageError("resume", "--resume needs the file to go on with", hint="name it with --records")
 
 
 def _write(out: Path, result: Mapping[str, Any]) -> None:

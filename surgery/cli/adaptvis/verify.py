@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import output
-from surgery.cli.adaptvis.ask import AsJson, Device, Dtype, Model, Offline, Threads, encode_question, load_steerable
+from surgery.cli import flags, output
+from surgery.cli.adaptvis.ask import encode_question, load_steerable
 from surgery.cli.operation import open_source
 from surgery.errors import Mismatch
 from surgery.graph.run import check_device
@@ -13,15 +13,15 @@ from surgery.store.record import undigested
 
 
 def verify(
-    model: Model,
+    model: flags.Ckpt,
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Check the folder without running the model.")
     ] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    offline: Offline = False,
-    as_json: AsJson = False,
+    device: flags.Device = "cpu",
+    dtype: flags.Dtype = "auto",
+    threads: flags.Threads = None,
+    offline: flags.Offline = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Check that a patched checkpoint's patch is whole and acts; exit 1 when anything is wrong.
 

@@ -17,17 +17,13 @@ from surgery.store import cache
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
 
 Run = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("own_cache")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of tensors that are computed, in pieces or whole."""

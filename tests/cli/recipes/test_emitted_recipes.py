@@ -67,11 +67,6 @@ DOCUMENT = (
 CASES = [(op, words) for op, several in COMMANDS.items() for words in several]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def models(tiny_llama: Path, tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small checkpoints by name, and files that commands read in `scratch`."""

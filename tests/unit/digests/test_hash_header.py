@@ -26,15 +26,10 @@ from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.digests import cache_folder
 from surgery.store.record import is_unhashed, undigested
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CAST = Cast("bfloat16")
 GRAFT = Graft(replace=("mlp=r3",), layers="1,3", init="random")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No digest is known but those of a test's own work."""
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

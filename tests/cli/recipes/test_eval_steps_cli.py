@@ -22,11 +22,6 @@ outputs: {scores: out/scores}
 """
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 def state(command: Run, *more: str) -> dict[str, str]:
     rows = json.loads(command("plan", "r.yaml", "--json", *more).stdout)["steps"]
     return {row["name"]: row["state"] for row in rows}

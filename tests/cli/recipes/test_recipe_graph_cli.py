@@ -18,7 +18,7 @@ from surgery.store import cache
 from surgery.store.checkpoint import open_checkpoint
 
 Run = Callable[..., Any]
-CHAIN = """\
+RECIPE = """\
 surgery: 1
 inputs: {base: BASE}
 steps:
@@ -30,21 +30,6 @@ steps:
 outputs: {deeper: out/deeper}
 """
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for every test: what another one made must not be found."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SURGERY_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_dit: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(CHAIN.replace("BASE", str(tiny_dit)))
-    return path
 
 
 def edited(path: Path, old: str, new: str) -> Path:

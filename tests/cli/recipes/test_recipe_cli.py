@@ -16,7 +16,7 @@ from surgery.store.checkpoint import open_checkpoint
 from surgery.store.names import open_named
 
 Run = Callable[..., Any]
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").rglob("*.yaml"))
 
 GRAFT = """\
 surgery: 1
@@ -35,14 +35,6 @@ steps:
       layers: 0
 outputs: {second: out/g}
 """
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for every test: what another one made must not be found."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SURGERY_CACHE", str(folder))
-    return folder
 
 
 def written(folder: Path, text: str, base: object = "dit-digits") -> Path:

@@ -26,21 +26,6 @@ outputs: {b: out/b, e: out/e}
 """
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for every test."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SURGERY_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_dit: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.replace("BASE", str(tiny_dit)))
-    return path
-
-
 def listed(command: Run) -> list[dict[str, Any]]:
     return json.loads(command("cache", "ls", "--json").stdout)["nodes"]
 
