@@ -128,7 +128,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     ended = command("probe", "layers", tiny_llava, "--eval", data, *FEW, "-o", "file/rows.csv")
-    assert "takes no files" in error(ended, "output.not-writable")
+    assert "cannot write in" in error(ended, "output.not-writable")
 
 
 @pytest.mark.parametrize("kind", ["probe", "sweep"])

@@ -18,8 +18,8 @@ FETCHED = {name for name in FILES if name.startswith("vlm-merge/")} | {"adaptvis
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
+def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is there from the hub."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
 
 
@@ -53,3 +53,54 @@ def test_the_measured_cast_runs_as_written(command: Run, tmp_path: Path) -> None
     found = json.loads(ended.stdout)
     assert found["half"]["digest"] == found["after"]["report"]["model"] != found["before"]["report"]["model"]
     assert found["before"]["report"]["frechet"] > 0
+
+
+# Recipes that train, with changes that leave a few steps of each kind; the classifier is small enough as it is.
+FEW_STEPS = {
+    "digits_classifier.yaml": [],
+    "dit_digits.yaml": ["trained.steps=3", "trained.batch=8", "trained.val_every=2"],
+    "graft_digits.yaml": ["hyena.samples=32", "hyena.steps=2", "hyena.finetune_steps=2"],
+    "llava_scenes.yaml": ["trained.steps=4", "trained.batch=2", "trained.held_out=8", "trained.val_every=2"],
+    "coe/tiny.yaml": ["trained.steps=2", "trained.batch=2", "trained.length=16", "trained.held_out=4"],
+}
+
+
+def test_every_recipe_that_trains_is_run() -> None:
+    steps = {name: [step.op for step in read_recipe(RECIPES / name).steps] for name in set(FILES) - FETCHED}
+    trains = {name for name, ops in steps.items() if any(op.startswith("train-") or op == "graft" for op in ops)}
+    assert trains - set(FEW_STEPS) == {"coe/paper_544m.yaml"}  # an hour on an H100
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_a_recipe_that_trains_runs_from_end_to_end(command: Run, tmp_path: Path, name: str) -> None:
+    words = [word for change in FEW_STEPS[name] for word in ("--set", change)]
+    ended = command("run", RECIPES / name, *words, "--json", "-q")
+    assert ended.code == 0, ended.stderr
+    ((output, row),) = json.loads(ended.stdout).items()
+    assert not row["found"] and row["path"] == dict(read_recipe(RECIPES / name).outputs)[output]
+    assert command("verify", row["path"]).code == 0
+    again = command("run", RECIPES / name, *words)
+    assert (again.code, again.stdout) == (0, f"{row['path']}\n") and "already the result" in again.stderr
+    ended = command("replay", row["path"], "--to", "again")
+    assert ended.code == 0 and "the same" in ended.stderr, ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "is_good"),
+    [
+        ("digits_classifier.yaml", lambda found: found["accuracy"] > 0.97),
+        ("coe/tiny.yaml", lambda found: found["val_loss"]["end"] < 0.9 * found["val_loss"]["start"]),
+        ("llava_scenes.yaml", lambda found: found["accuracy"]["one"] > 0.92 and found["accuracy"]["two"] > 0.85),
+        ("dit_digits.yaml", lambda found: abs(found["val_loss"] / 0.2232 - 1) < 0.03),
+    ],
+    ids=["classifier", "coe", "scenes", "dit"],
+)
+def test_what_a_recipe_trains_is_as_good_as_what_is_shipped(
+    command: Run, tmp_path: Path, name: str, is_good: Callable[[dict[str, Any]], bool]
+) -> None:
+    ended = command("run", RECIPES / name, "--json", "-q")
+    assert ended.code == 0, ended.stderr
+    (row,) = json.loads(ended.stdout).values()
+    found = json.loads((tmp_path / row["path"] / "surgery.json").read_text())["steps"][-1]["training"]
+    assert is_good(found), found
