@@ -44,6 +44,10 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
         raise UsageError(
             "arithmetic", f"{file} holds several documents; --arithmetic is for one", hint="merge them one by one"
         )
+    from surgery.graph.op import build_op
+    from surgery.ops.merge import Merge
+
+    build_op(Merge, {**values, "config": recipe.steps[0].params["config"]})  # refuses options that a file says itself
     _several(recipe, common)
     return None
 

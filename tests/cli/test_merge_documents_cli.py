@@ -111,6 +111,8 @@ def test_several_documents_build_on_one_another(pair: Pair, command: Command) ->
     Path("two.yml").write_text(yaml.safe_dump_all([last, first]))
     dry = command("merge", "-c", "two.yml", "--dry-run", "--json")
     assert dry.code == 0 and [s["name"] for s in json.loads(dry.stdout)["steps"]] == ["middle", "merged"]
+    refused = command("merge", "-c", "two.yml", "-o", "out", "--layers", "0-1")
+    assert refused.code == 2 and "--layers does not go with --config" in refused.stderr
     ended = command("merge", "-c", "two.yml", "-o", "out", "-q")
     assert ended.code == 0, ended.stderr
     name = "model.layers.0.mlp.up_proj.weight"

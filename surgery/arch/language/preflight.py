@@ -220,6 +220,16 @@ def _tokens_differ(host: Checkpoint, donor: Checkpoint, role: str) -> str:
     return ""
 
 
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` when a model's config says that its weights are quantised."""
+    if _quantised(checkpoint.part().config or {}):
+        raise CheckpointError(
+            "incompatible",
+            f"{checkpoint.name} is quantised (quantization_config); quantised weights have no average",
+            hint="merge the model that it was quantised from",
+        )
+
+
 def _quantised(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) for key in ("quantization_config", "compression_config")) or any(
         _quantised(v) for k, v in config.items() if isinstance(v, Mapping) and k.endswith("config")

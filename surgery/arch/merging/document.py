@@ -7,11 +7,13 @@ passthrough are made in pieces; every other method by mergekit's own kernel, bit
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 from surgery.arch.blocks import BlockList, edit_depth
 from surgery.arch.carried import FLOATS, config_edits, indexes, part_names, with_dtype
 from surgery.arch.language.families import family_of
+from surgery.arch.language.preflight import refuse_quantised
 from surgery.arch.language.towers import EMBED, HEAD
 from surgery.arch.merging.adapters import Adapter, open_adapter
 from surgery.arch.merging.card import card
@@ -27,6 +29,7 @@ from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
 from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.header import nbytes_of
+from surgery.store.reader import open_reader
 
 # The methods that are made in pieces, with their parameters.
 _STREAMED = {"linear": ("weight", "normalize"), "slerp": ("t",), "passthrough": ("scale",)}
@@ -40,6 +43,7 @@ def plan_document(
     """The plan of a document whose models are numbers into `parents`."""
     for parent in parents:
         plain_model(parent)
+        refuse_quantised(parent)
     document = read_document(text, parents)
     _check_sources(document, parents)
     adapters = {key: open_adapter(parents[key[1]], parents[key[0]]) for key in document.inputs() if key[1] is not None}
@@ -219,6 +223,7 @@ class _Maker:
         own = row.inputs.get(first) or next(iter(row.inputs.values()))
         dtypes = [ref.dtype for ref in row.inputs.values()]
         if any(d not in _WIDTH for d in dtypes):
+            self._check_equal(row)
             return Keep(name=row.name, dtype=own.dtype, shape=own.shape, ref=own, parent=self._parent(row, own))
         vocabulary = self.vocabulary if self.vocabulary and row.canonical in (EMBED, HEAD) else None
         if vocabulary is None and len({ref.shape for ref in row.inputs.values()}) != 1:
@@ -241,6 +246,20 @@ class _Maker:
             return self._compute(row, keys, out, Task(row.canonical, formula), streamed=True)
         keys = list(row.inputs)
         return self._compute(row, keys, out, self._kernel(row, keys, work), streamed=False, vocabulary=vocabulary)
+
+    def _check_equal(self, row: Row) -> None:
+        """Whole numbers have no average: they must be the same in all models, as mergekit wants them."""
+        refs = [(self.parents[k[0]], r) for k, r in row.inputs.items()]
+        same = len({(r.dtype, r.shape) for _, r in refs}) == 1
+        if same and len(refs) > 1 and not any(isinstance(p, Planned) for p, _ in refs):
+            same = len({_content(p, r) for p, r in refs}) == 1
+        if not same:
+            shown = ", ".join(f"{self.parents[k[0]].name} {r.dtype}" for k, r in row.inputs.items())
+            raise CheckpointError(
+                "incompatible",
+                f"'{printable(row.name)}' is not the same in all models and no float to merge: {shown}",
+                hint="merge the models that they were quantised from",
+            )
 
     def _parent(self, row: Row, ref: TensorRef) -> int:
         return next(k[0] for k, r in row.inputs.items() if r is ref)
@@ -346,6 +365,14 @@ class _Maker:
                 hint=f"parameters: {{{name}: 0.5}}",
             )
         return value
+
+
+def _content(model: Checkpoint, ref: TensorRef) -> bytes:
+    """sha256 of a tensor's bytes."""
+    data = bytearray(ref.nbytes)
+    with open_reader(model, ref) as reader:
+        reader.into(memoryview(data), 0)
+    return sha256(data).digest()
 
 
 def _number(value: Any) -> float:

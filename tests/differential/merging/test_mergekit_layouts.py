@@ -141,6 +141,39 @@ def test_nothing_is_left_out_in_silence(models: Path, tmp_path: Path) -> None:
     assert warnings_of(blend(models, "mistral", "tied"), tmp_path) == []
 
 
+def test_what_has_no_average_is_refused(models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(models / "mistral", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(CheckpointError, match="is quantised"):
+        ours(blend(models, "mistral-b", str(other)), tmp_path, tmp_path / "out")
+    (other / "config.json").write_text(json.dumps(config))
+    tensors = load_file(models / "mistral" / "model.safetensors")
+    for dtype in (torch.int8, torch.int32):  # a weight of one model alone, then a table that both have
+        name = "model.layers.0.mlp.up_proj.weight" if dtype == torch.int8 else "model.table"
+        for folder, value in ((other, 3), (tmp_path / "same", 3)):
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(config))
+            save_file(
+                tensors | {name: torch.full((2, 2), value, dtype=dtype)}, folder / "model.safetensors",
+                metadata={"format": "pt"},
+            )  # fmt: skip
+        if dtype == torch.int8:
+            with pytest.raises(CheckpointError, match=r"up_proj\.weight' is not the same in all models and no float"):
+                ours(blend(models, "mistral-b", str(other)), tmp_path, tmp_path / "out")
+    got = ours(blend(other, "", str(tmp_path / "same")), tmp_path, tmp_path / "out")
+    assert torch.equal(got["model.table"], torch.full((2, 2), 3, dtype=torch.int32))
+    save_file(
+        tensors | {"model.table": torch.zeros((2, 2), dtype=torch.int32)}, other / "model.safetensors",
+        metadata={"format": "pt"},
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"model\.table' is not the same"):
+        ours(blend(other, "", str(tmp_path / "same")), tmp_path, tmp_path / "no")
+
+
 def test_a_model_that_stands_twice_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="stands 2 times"):  # mergekit: duplicate merge inputs
         ours(blend(models, "mistral", "mistral"), tmp_path, tmp_path / "out")
