@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_errors import said_one_error
 
 from surgery.arch.architectures import ARCHITECTURES
 from surgery.arch.dit.config import tensor_shapes
@@ -40,15 +41,6 @@ def digest(path: str | Path) -> str:
 def training(folder: Path) -> dict[str, Any]:
     """What the record of a folder says of its training."""
     return json.loads((folder / "surgery.json").read_text())["steps"][-1]["training"]
-
-
-def said_one_error(ended: Any, code: str) -> None:
-    """One error line with its code, one hint, no traceback, nothing on stdout."""
-    lines = ended.stderr.splitlines()
-    assert [line for line in lines if line.startswith("error[")] == lines[-2:-1], ended.stderr
-    assert lines[-2].startswith(f"error[{code}]: "), ended.stderr
-    assert lines[-1].startswith("hint: ") and len(lines[-1]) > len("hint: "), ended.stderr
-    assert "Traceback" not in ended.stderr and ended.stdout == ""
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------------

@@ -8,20 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_errors import said_one_error
 
 from surgery.store.checkpoint import open_checkpoint
 
 Run = Callable[..., Any]
 FEW = ("--n", "6", "--steps", "2", "--threads", "1")
-
-
-def said_one_error(ended: Any, code: str) -> None:
-    """One error line with its code, one hint, no traceback, nothing on stdout."""
-    lines = ended.stderr.splitlines()
-    assert [line for line in lines if line.startswith("error[")] == lines[-2:-1], ended.stderr
-    assert lines[-2].startswith(f"error[{code}]: "), ended.stderr
-    assert lines[-1].startswith("hint: ") and len(lines[-1]) > len("hint: "), ended.stderr
-    assert "Traceback" not in ended.stderr and ended.stdout == ""
 
 
 def names(folder: Path) -> set[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_errors import said_one_error
 from tiny_moe import FIELDS, save_moe
 
 from surgery.arch.moe.families import FAMILIES
@@ -24,14 +25,6 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from surgery.ops.init import Init
 
     return run_op(Init("qwen3-moe-tiny"), [], tmp_path_factory.mktemp("moe") / "moe").path
-
-
-def said_one_error(ended: Any, code: str, *words: str) -> None:
-    """One error line with its code, one hint, no traceback, nothing on stdout."""
-    lines = ended.stderr.splitlines()
-    assert lines[-2].startswith(f"error[{code}]: "), ended.stderr
-    assert lines[-1].startswith("hint: ") and "Traceback" not in ended.stderr and ended.stdout == ""
-    assert all(word in ended.stderr for word in words), ended.stderr
 
 
 def test_append_is_exact_and_says_so(command: Run, moe: Path) -> None:
