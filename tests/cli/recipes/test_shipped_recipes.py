@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from surgery.graph.recipes.recipe import read_recipe
+from surgery.graph.recipes.recipe import build_steps, read_recipe
+from surgery.steps import load_step
 from surgery.store.checkpoint import open_checkpoint
+from surgery.store.names import open_named
 
 Run = Callable[..., Any]
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -26,7 +28,10 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_is_read_and_planned(command: Run, tmp_path: Path, name: str) -> None:
     recipe = read_recipe(RECIPES / name)
-    assert recipe.steps
+    ops = build_steps(recipe, load_step)  # of models of the hub too, which cannot be planned here
+    assert recipe.steps and len(ops) == len(recipe.steps)
+    first = (RECIPES / name).read_text().splitlines()[0]
+    assert first.startswith("# ") and len(first) > 30  # what it makes, and what it costs
     ended = command("plan", RECIPES / name, "--json", "--offline")
     if name in FETCHED:
         assert ended.code == 7 and "Traceback" not in ended.stderr, ended.stderr
@@ -36,6 +41,7 @@ def test_a_recipe_is_read_and_planned(command: Run, tmp_path: Path, name: str) -
         rows = json.loads(ended.stdout)["steps"]
         assert {row["name"] for row in rows} == {step.name for step in recipe.steps}
         assert all(row["state"] in ("run", "fused") for row in rows)
+        assert all(sum(row["tensors"].values()) or row["op"].startswith("eval-") for row in rows)
     assert not list(tmp_path.iterdir())
 
 
@@ -104,3 +110,32 @@ def test_what_a_recipe_trains_is_as_good_as_what_is_shipped(
     (row,) = json.loads(ended.stdout).values()
     found = json.loads((tmp_path / row["path"] / "surgery.json").read_text())["steps"][-1]["training"]
     assert is_good(found), found
+
+
+def test_the_recipe_of_the_shipped_model_is_how_it_was_made() -> None:
+    made = open_named("dit-digits").lineage
+    recipe = read_recipe(RECIPES / "dit_digits.yaml")
+    assert made is not None
+    step = made["steps"][-1]
+    (trained,) = (op for name, op in build_steps(recipe, load_step).items() if name == "trained")
+    assert step["op"] == trained.name
+    assert {k: v for k, v in step["params"].items() if k != "data"} == {
+        k: getattr(trained, k) for k in step["params"] if k != "data"
+    }
+
+
+@pytest.mark.slow
+def test_the_graft_recipe_runs_and_is_found_again(command: Run, tmp_path: Path) -> None:
+    path = RECIPES / "graft_digits.yaml"
+    first = command("run", path, "-o", "hyena")
+    assert (first.code, first.stdout) == (0, "hyena\n"), first.stderr
+    training = json.loads((tmp_path / "hyena" / "surgery.json").read_text())["steps"][-1]["training"]
+    assert training["val_loss"] < 1.1 * training["val_loss_original"]
+    again = command("run", path, "-o", "hyena")
+    assert (again.code, again.stdout) == (0, "hyena\n") and "already the result" in again.stderr
+    # The command says the same as the recipe, so it finds the same work done.
+    same = command(
+        "graft", "-r", "attn=hyena-x", "-l", "50%", "dit-digits", "--data", "digits", "--finetune-steps", "200",
+        "-o", "by-hand", "--json",
+    )  # fmt: skip
+    assert json.loads(same.stdout)["digest"] == f"sha256:{open_checkpoint(tmp_path / 'hyena').digest}"
