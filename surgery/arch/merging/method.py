@@ -89,9 +89,10 @@ class Method:
         check_shares(self.shares, force=meant)
         with_base = self.name in WITH_BASE if self.spec is None else uses_base(self.spec) and not takes_two(self.spec)
         if base is not None and not with_base:
+            why = ", its weights sum to one and the base cancels" if self.name in _SUM_TO_ONE else ""
             raise UsageError(
                 "base",
-                f"--base {base.name}: {self.name} has no base, its weights sum to one and the base cancels",
+                f"--base {base.name}: {self.name} has no base{why}",
                 hint=f"leave it out, or use --method {WITH_BASE[0]}",
             )
         self._base = base is not None
