@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from surgery.cli.operation import COMMON_DEFAULTS, command_function, run_options
-from surgery.errors import UsageError
+from surgery.errors import UsageError, printable
 
 _ARITHMETIC = ("auto", "stream", "kernels", "mergekit")
 # numpy's threads for matrix products have nothing to do here, and starting them costs half of importing it.
@@ -31,7 +31,16 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
                 f"merge takes HOST and DONOR, and {len(named)} {'was' if len(named) == 1 else 'were'} named",
                 hint="surgery merge HOST DONOR; more models: surgery merge --config FILE",
             )
-        return [*named, base] if base is not None else named
+        sources = [*named, base] if base is not None else named
+        for name in sources:
+            model, plus, adapter = name.partition("+")
+            if plus and not os.path.exists(name) and os.path.exists(model):
+                raise UsageError(
+                    "models",
+                    f"{printable(name)}: a model with an adapter is for mergekit files",
+                    hint=f"surgery lora apply {model} {adapter} -o MERGED, then merge that",
+                )
+        return sources
     if named or base is not None:
         raise UsageError("models", "--config names the models itself", hint="leave HOST, DONOR and --base out")
     from surgery.graph.recipes.mergekit_file import read_mergekit

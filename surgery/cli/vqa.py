@@ -150,10 +150,15 @@ def compare(
     shown = result["flips"][:flips]
     if shown:
         output.data("")
-        rows = [(f["id"], f["now"], f["a"] or "-", f["b"] or "-", f["answer"]) for f in shown]
+        rows = [(f["id"], f["now"], *(_short(f[key]) for key in ("a", "b", "answer"))) for f in shown]
         output.table(("flipped", "now", "A said", "B said", "answer"), rows)
     if len(result["flips"]) > len(shown):
         output.note(f"{len(result['flips']) - len(shown)} more flips; see --flips or --json")
+
+
+def _short(text: str | None) -> str:
+    """The beginning of an answer, which may be very long; --json has all of it."""
+    return "-" if not text else text if len(text) <= 60 else text[:59] + "…"
 
 
 def read_template(name: str | None) -> str | None:

@@ -123,7 +123,14 @@ def test_compare_pairs_the_items(command: Run, tmp_path: Path) -> None:
     assert {f["id"] for f in shown["flips"]} == {str(i) for i in (*range(5), *range(60, 80))}
     halves = shown["groups"]["half"]
     assert (halves["0"]["lost"], halves["1"]["gained"]) == (5, 20)
+    b.write_text(
+        b.read_text().replace(
+            '"id": "0", "correct": false, "extracted": "1"',
+            f'"id": "0", "correct": false, "extracted": "{"x" * 20_000}"',
+        )
+    )
     text = command("eval", "compare", a, b, "--flips", "3")
+    assert f"{'x' * 59}…" in text.stdout and "x" * 60 not in text.stdout
     assert text.code == 0 and text.stdout.count("wrong") == 3 and "22 more flips" in text.stderr
 
 
