@@ -224,7 +224,11 @@ class Merge:
 
         report = plan.report
         if "host" not in report:
-            return [f"method   {report['method']}", *(f"model    {name}" for name in report["models"])]
+            lines = [f"method   {report['method']}", *(f"model    {name}" for name in report["models"])]
+            if "into" in report:
+                chosen = spans(report["into"]["layers"]) or "none"
+                lines.append(f"into     {report['into']['name']}, its language tower, layers {chosen}")
+            return lines
         layers = report["layers"]
         by_class = "" if report["found_by"] == "names" else "  (names left it open: found by building the class)"
         lines = [

@@ -195,6 +195,9 @@ def test_our_block_takes_the_base_model_as_host(pair: Pair, command: Command, tm
     base, out = tensors(pair.base), tensors(tmp_path / "out")
     changed = {name.split(".")[2] for name in out if not torch.equal(out[name], base[name])}
     assert changed == {"1", "2"}
+    document["surgery"] = {"layers": [0, 3]}
+    Path("x.yml").write_text(yaml.safe_dump(document))
+    assert "into     " in (said := command("merge", "-c", "x.yml", "--dry-run").stdout) and "layers 0, 3" in said, said
 
 
 def test_a_file_and_names_do_not_go_together(pair: Pair, command: Command) -> None:

@@ -22,6 +22,7 @@ from surgery.arch.merging.formulas import Formula
 from surgery.arch.merging.kernels import Kernel, check_inputs, is_random, spec_of
 from surgery.arch.merging.pair import SCRATCH, Task, plain_model
 from surgery.arch.merging.rows import Key, Row, depth_of, plain_rows
+from surgery.arch.merging.selection import layer_of
 from surgery.arch.merging.settings import Document, Slice, Source, find
 from surgery.arch.merging.vocabularies import Vocabulary, merged_vocabulary
 from surgery.errors import CheckpointError, UsageError, closest, printable
@@ -64,6 +65,9 @@ def plan_document(
     warnings = [*warnings, *maker.unknown_parameters(), *(vocabulary.warnings if vocabulary else ())]
     entries = [*maker.entries(rows, first), *kept]
     plan = _finished(document, parents, first, entries, vocabulary, warnings, mirrored=not document.sliced)
+    if host is not None:
+        numbers = {n for row in rows if (n := layer_of(row.canonical)) is not None}
+        plan.report["into"] = {"name": parents[host].name, "layers": sorted(numbers)}
     if arithmetic == "mergekit":
         from surgery.arch.merging.delegate import handed_over
 

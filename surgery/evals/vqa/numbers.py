@@ -33,6 +33,8 @@ _WORDS = {
     "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50,
     "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
+_SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
+_SCALE = re.compile(r"\s?(hundred|thousand|million|billion)\b", re.IGNORECASE)
 _TENS = "|".join(w for w, n in _WORDS.items() if n >= 20)
 _ONES = "|".join(w for w, n in _WORDS.items() if 0 < n < 10)
 _WORD = re.compile(
@@ -80,7 +82,8 @@ def value_of(span: str) -> Decimal | None:
     rest = text[parser.at :]
     if rest[:1].isalpha() and not _UNIT.match(rest) and not rest.startswith(("pi", "sqrt", "frac")):
         return None
-    return None if re.match(r"\s*(?:[=*/^]|[-+:,;.]\s*[-+]?[\d(.])|\.?\d", rest) else value
+    goes_on = r"\s*(?:[=*/^]|[-+:,;.]\s*[-+]?[\d(.]|(?:times|plus|minus|multiplied|divided|over)\b)|\.?\d"
+    return None if re.match(goes_on, rest) else _scaled(value, rest)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -96,7 +99,7 @@ def last_number(text: str) -> Decimal | None:
         after = text[parser.at : parser.at + 12]
         ends = not re.match(r"\w", after) or _UNIT.match(after)
         if value is not None and ends:
-            found = value
+            found = _scaled(value, after)
     if found is None and not re.search(r"\d", text):
         named = {n for m in _WORD.finditer(text) if (n := _word(m)) != 1 or m[0] == text.strip(" .*")}
         found = Decimal(named.pop()) if len(named) == 1 else None
@@ -122,10 +125,18 @@ def same_number(one: Decimal, two: Decimal) -> bool:
 
 def _plain(text: str) -> str:
     text = text.translate(UNICODE)
+    if "x" in text or "X" in text:
+        text = re.sub(r"(?<=\d) ?[xX] ?(?=\d)", "*", text)  # 3 x 4
     if not text.isascii() or any(c in text for c in "\\~^{"):
         for pattern, into in _REWRITES:
             text = pattern.sub(into, text)
     return re.sub(r"(?<=[A-Za-z)])\s?\^\s*[{(]?\s*-?\d{1,2}\s*[})]?", "", text)  # of a unit or a variable
+
+
+def _scaled(value: Decimal, rest: str) -> Decimal:
+    """5 million is 5,000,000."""
+    scale = _SCALE.match(rest)
+    return value * _SCALES[scale[1].lower()] if scale else value
 
 
 def _word(match: re.Match[str]) -> int:

@@ -274,7 +274,8 @@ class _Reader:
         if "host" in made:
             made["host"] = self._model(made["host"], (*at, "host"))
         if "layers" in made:
-            made["layers"] = str(made["layers"])
+            listed = made["layers"] if isinstance(made["layers"], list) else [made["layers"]]
+            made["layers"] = ",".join(map(str, listed))
         for key in ("include", "exclude"):
             if key in made:
                 listed = made[key] if isinstance(made[key], list) else [made[key]]
