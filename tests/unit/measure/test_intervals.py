@@ -99,3 +99,22 @@ def test_wrong_counts_are_refused() -> None:
     ):
         with pytest.raises(UsageError):
             call()
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (37, 1000), (511, 540), (2500, 5010)])
+def test_wilson_and_mcnemar_are_those_of_scipy(right: int, n: int) -> None:
+    from scipy.stats import binomtest
+
+    found = binomtest(right, n)
+    interval = found.proportion_ci(0.95, method="wilson")
+    assert wilson(right, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert mcnemar(right, n - right) == pytest.approx(found.pvalue, rel=1e-9, abs=1e-300)
+
+
+def test_the_bootstrap_is_that_of_scipy_within_its_noise() -> None:
+    from scipy.stats import bootstrap
+
+    differences = [1.0] * 20 + [-1.0] * 5 + [0.0] * 75
+    theirs = bootstrap((differences,), np.mean, method="percentile", n_resamples=10_000, random_state=1)
+    mine = paired_bootstrap(differences)
+    assert mine == pytest.approx(tuple(theirs.confidence_interval), abs=0.011)  # one item in a hundred
