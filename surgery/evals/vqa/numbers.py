@@ -130,7 +130,8 @@ def _plain(text: str) -> str:
     if not text.isascii() or any(c in text for c in "\\~^{"):
         for pattern, into in _REWRITES:
             text = pattern.sub(into, text)
-    return re.sub(r"(?<=[A-Za-z)])\s?\^\s*[{(]?\s*-?\d{1,2}\s*[})]?", "", text)  # of a unit or a variable
+    # The power of a unit or a variable is no part of the number.
+    return re.sub(r"(?<=[A-Za-z])(?<!pi)\s?\^\s*[{(]?\s*-?\d{1,2}\s*[})]?", "", text)
 
 
 def _scaled(value: Decimal, rest: str) -> Decimal:
@@ -158,7 +159,7 @@ class _Parser:
 
     def product(self) -> Decimal | None:
         """a * b / c"""
-        return self._chain("*/", self._power)
+        return self._chain("*/", self._atom)
 
     def _chain(self, operators: str, part: Callable[[], Decimal | None]) -> Decimal | None:
         value = part()
@@ -173,26 +174,26 @@ class _Parser:
             value = made
         return value
 
-    def _power(self) -> Decimal | None:
-        value = self._atom()
-        before = self.at
-        if value is not None and self._take("^"):
-            exponent = self._atom()
-            made = _combined("^", value, exponent) if exponent is not None else None
-            if made is None:
-                self.at = before
-            else:
-                value = made
-        return value
-
-    def _atom(self) -> Decimal | None:
+    def _atom(self, *, raised: bool = True) -> Decimal | None:
+        """A signed number, function or group, with its power: -2^2 is -4."""
         before = self.at
         sign = self._take("-+")
         value = self._unsigned()
         if value is None:
             self.at = before
             return None
+        value = self._raised(value) if raised else value
         return -value if sign == "-" else value
+
+    def _raised(self, value: Decimal) -> Decimal:
+        before = self.at
+        if self._take("^"):
+            exponent = self._atom(raised=False)
+            made = _combined("^", value, exponent) if exponent is not None else None
+            if made is not None:
+                return made
+        self.at = before
+        return value
 
     def _unsigned(self) -> Decimal | None:
         self._space()
@@ -213,6 +214,7 @@ class _Parser:
         if factor is None:
             self.at = before
             return value
+        factor = self._raised(factor)
         return value + factor if whole else _CONTEXT.multiply(value, factor)
 
     def _function(self) -> Decimal | None:

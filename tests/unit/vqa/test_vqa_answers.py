@@ -94,6 +94,10 @@ NUMBERS: dict[str, str | None] = {
     "\\sqrt[3]{27}": "3",
     "\\boxed{\\sqrt{-1}}": "-1",  # no number; the last digits are taken, and are wrong
     "2^{10}": "1024",
+    "\\boxed{-2^2}": "-4",
+    "\\boxed{(1+2)^2}": "9",
+    "\\boxed{2\\pi^2}": "19.7392088021787",
+    "\\boxed{\\sqrt{2}^2}": "2",
     "9^9^9^9": "387420489",
     "x_1 = 5": "5",
     "There are three dogs.": "3",
