@@ -16,7 +16,9 @@ from surgery.errors import UsageError
 from surgery.graph.run import check_device
 
 _MODEL_HELP = "Folder, alias, hub id, or - for a path on standard input."
-_Eval = Annotated[Path, typer.Option("--eval", metavar="FILE", help="Questions: .jsonl or .tsv, as for eval vqa.")]
+_Eval = Annotated[
+    Path, typer.Option("--eval", metavar="FILE", help="Questions: .jsonl, .json or .tsv, as for eval vqa.")
+]
 _Metric = Annotated[
     str, typer.Option("--metric", help="acc (share of right answers) or nll (-log p of the right one).")
 ]

@@ -15,7 +15,7 @@ from surgery.graph.run import check_device
 def eval_vqa(
     model: flags.Model,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="FILE", help="Questions: .jsonl, or a benchmark's .tsv.")
+        Path | None, typer.Option("--data", metavar="FILE", help="Questions: .jsonl, .json, or a benchmark's .tsv.")
     ] = None,
     out: Annotated[
         Path | None,

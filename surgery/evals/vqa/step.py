@@ -21,7 +21,7 @@ class EvalVqa(Evaluation):
     The records of every item lie beside the report, for surgery eval compare; the step's seed draws the items.
     """
 
-    data: Annotated[str, Param("Questions: .jsonl, or a benchmark's .tsv.")]
+    data: Annotated[str, Param("Questions: .jsonl, .json, or a benchmark's .tsv.")]
     prompt: Annotated[str, Param("direct (the answer alone), cot (reasons first), bare (as in the data).")] = "direct"
     group_by: Annotated[tuple[str, ...], Param("Also by the values of these fields.")] = ()
     limit: Annotated[int | None, Param("So many items, drawn by the seed.")] = None
