@@ -32,16 +32,16 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "extract": ("op:extract", "Take one part out of a pipeline, or one tower out of a model."),
     "scale": ("op:scale", "Multiply chosen tensors by a number."),
     "reshard": ("op:reshard", "Store a checkpoint in files of another size."),
-    "sample": ("surgery.cli.images:sample", "Draw images from a class-conditional diffusion transformer."),
+    "sample": ("surgery.cli.evals.images:sample", "Draw images from a class-conditional diffusion transformer."),
     "init": ("op:init", "Make a checkpoint of a known architecture with random weights."),
-    "inspect": ("surgery.cli.graph:inspect", "Show what a checkpoint holds, from headers alone."),
-    "log": ("surgery.cli.graph:log", "Show how a checkpoint came to be, back to the root."),
-    "diff": ("surgery.cli.diff:diff", "Compare two checkpoints tensor by tensor."),
-    "replay": ("surgery.cli.replay:replay", "Build a checkpoint again from its record and compare."),
-    "verify": ("surgery.cli.graph:verify", "Check every byte of a produced checkpoint against its record."),
-    "run": ("surgery.cli.recipe:run", "Carry out the steps of a recipe."),
-    "plan": ("surgery.cli.recipe:plan", "Say what a recipe will do and cost, from headers alone."),
-    "schema": ("surgery.cli.recipe:schema", "Print the JSON schema of recipes."),
+    "inspect": ("surgery.cli.graph.checkpoint:inspect", "Show what a checkpoint holds, from headers alone."),
+    "log": ("surgery.cli.graph.checkpoint:log", "Show how a checkpoint came to be, back to the root."),
+    "diff": ("surgery.cli.graph.diff:diff", "Compare two checkpoints tensor by tensor."),
+    "replay": ("surgery.cli.graph.replay:replay", "Build a checkpoint again from its record and compare."),
+    "verify": ("surgery.cli.graph.checkpoint:verify", "Check every byte of a produced checkpoint against its record."),
+    "run": ("surgery.cli.graph.recipe:run", "Carry out the steps of a recipe."),
+    "plan": ("surgery.cli.graph.recipe:plan", "Say what a recipe will do and cost, from headers alone."),
+    "schema": ("surgery.cli.graph.recipe:schema", "Print the JSON schema of recipes."),
     "completion": ("surgery.cli.completion:completion", "Print a script that lets a shell complete commands."),
 }
 # name -> (one line, its commands); a command that is given as such a pair is a group inside the group.
@@ -67,27 +67,38 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
         "Measure checkpoints and their outputs.",
         {
             "images": (
-                "surgery.cli.images:eval_images",
+                "surgery.cli.evals.images:eval_images",
                 "Frechet distance, KID, precision and recall of sampled images.",
             ),
             "vqa": (
-                "surgery.cli.vqa:eval_vqa",
+                "surgery.cli.evals.vqa:eval_vqa",
                 "Ask a vision-language model questions and score its answers by rules.",
             ),
-            "compare": ("surgery.cli.vqa:compare", "Compare two evaluations item by item."),
+            "compare": ("surgery.cli.evals.vqa:compare", "Compare two evaluations item by item."),
         },
     ),
     "probe": (
         "Look into a model: which parts of it do what.",
         {
-            "layers": ("surgery.cli.layers:probe_layers", "Change one layer at a time and measure what it costs."),
+            "layers": (
+                "surgery.cli.evals.layers:probe_layers",
+                "Change one layer at a time and measure what it costs.",
+            ),
             "attention": ("surgery.cli.adaptvis.probe:probe_attention", "Which heads carry an answer about a picture."),
-            "routing": ("surgery.cli.routing:probe_routing", "Which experts the routers of a model choose on text."),
+            "routing": (
+                "surgery.cli.evals.routing:probe_routing",
+                "Which experts the routers of a model choose on text.",
+            ),
         },
     ),
     "sweep": (
         "Measure many edits of a model without writing them.",
-        {"merge": ("surgery.cli.layers:sweep_merge", "Merges at several shares and layers, chosen on held-out items.")},
+        {
+            "merge": (
+                "surgery.cli.evals.layers:sweep_merge",
+                "Merges at several shares and layers, chosen on held-out items.",
+            )
+        },
     ),
     "adaptvis": (
         """Steer what a vision-language model looks at, and let checkpoints carry it.
@@ -129,10 +140,13 @@ GROUPS: Mapping[str, tuple[str, Commands]] = {
     "cache": (
         "Look at the results that are kept, and drop some.",
         {
-            "ls": ("surgery.cli.cache:ls", "List the cached results, the longest unused first."),
-            "path": ("surgery.cli.cache:path", "Print the folder of the cache, or of one result."),
-            "gc": ("surgery.cli.cache:gc", "Remove the longest unused results until the rest fits."),
-            "verify": ("surgery.cli.cache:verify", "Read every byte of the cached results; drop the damaged ones."),
+            "ls": ("surgery.cli.graph.cache:ls", "List the cached results, the longest unused first."),
+            "path": ("surgery.cli.graph.cache:path", "Print the folder of the cache, or of one result."),
+            "gc": ("surgery.cli.graph.cache:gc", "Remove the longest unused results until the rest fits."),
+            "verify": (
+                "surgery.cli.graph.cache:verify",
+                "Read every byte of the cached results; drop the damaged ones.",
+            ),
         },
     ),
     "kernels": (
@@ -395,7 +409,7 @@ def _resumable(words: list[str]) -> bool:
         if isinstance(second, Mapping):
             table = second
         elif not word.startswith("-"):
-            own = first.startswith("op:") or first in ("surgery.cli.recipe:run", "surgery.cli.merge:merge")
+            own = first.startswith("op:") or first in ("surgery.cli.graph.recipe:run", "surgery.cli.merge:merge")
             return own or (not first and word in _plugins())
     return False
 

@@ -63,7 +63,7 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
 
 def _several(recipe: Any, common: Mapping[str, Any]) -> None:
     """A file of several documents: each is a step, and what is only a step is not kept."""
-    from surgery.cli.recipe import print_plans, run_and_report
+    from surgery.cli.graph.recipe import print_plans, run_and_report
 
     if common["emit_recipe"]:
         from surgery.cli.emitted import print_recipe

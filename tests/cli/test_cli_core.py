@@ -370,7 +370,7 @@ def test_a_fault_of_ours_has_no_traceback_unless_asked_for(command: Command, mon
     def fault(*_: object, **__: object) -> None:
         raise ZeroDivisionError("nobody saw this coming")
 
-    monkeypatch.setattr("surgery.cli.graph.open_source", fault)
+    monkeypatch.setattr("surgery.cli.graph.checkpoint.open_source", fault)
     ended = command("inspect", "x")
     assert ended.code == 1 and is_one_error(ended, "error.internal") and "SURGERY_DEBUG=1" in ended.stderr
     monkeypatch.setenv("SURGERY_DEBUG", "1")
@@ -382,7 +382,7 @@ def test_no_memory_is_a_lack_of_resources(command: Command, monkeypatch: pytest.
     def fault(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("surgery.cli.graph.open_source", fault)
+    monkeypatch.setattr("surgery.cli.graph.checkpoint.open_source", fault)
     ended = command("inspect", "x")
     assert ended.code == 5 and is_one_error(ended, "resource.memory")
 

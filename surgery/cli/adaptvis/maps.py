@@ -8,8 +8,8 @@ import typer
 from surgery.cli import flags, output
 from surgery.cli.adaptvis.ask import check_picture
 from surgery.cli.adaptvis.evaluate import settings_of
+from surgery.cli.evals.vqa import read_template
 from surgery.cli.operation import open_source
-from surgery.cli.vqa import read_template
 from surgery.errors import UsageError
 from surgery.graph.run import check_device
 

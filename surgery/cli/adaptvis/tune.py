@@ -9,8 +9,8 @@ import typer
 
 from surgery.cli import flags, output
 from surgery.cli.adaptvis.ask import load_steerable
+from surgery.cli.evals.vqa import read_template
 from surgery.cli.operation import open_source
-from surgery.cli.vqa import read_template
 from surgery.errors import UsageError, closest
 from surgery.graph.run import check_device
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli import flags, output
+from surgery.cli.evals.vqa import check_groups, read_template
 from surgery.cli.operation import open_source
-from surgery.cli.vqa import check_groups, read_template
 from surgery.errors import UsageError
 from surgery.graph.run import check_device
 

@@ -1,4 +1,4 @@
-"""Commands that read the graph: inspect, log, verify."""
+"""Commands about one checkpoint: inspect, log, verify."""
 
 import re
 from collections.abc import Mapping
