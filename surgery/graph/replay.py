@@ -63,6 +63,24 @@ class ReplayOptions:
     run: RunOptions = RunOptions(workers=1)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What `replay` was called with, for every record on the way: `home` is the folder of the checkpoint, `folder`
+    takes what is made on the way and not kept."""
+
+    home: Path
+    load_op: Callable[[str], Any]
+    options: ReplayOptions
+    report: Report
+    notice: Callable[[Plan], None]
+    folder: Path
+
+    def for_parents(self) -> "_Call":
+        """For the parents of a parent: the user named none of those, and what of them is there is left alone."""
+        run = replace(self.options.run, overwrite=False, resume=False)
+        return replace(self, options=replace(self.options, parents={}, run=run))
+
+
 def replay(
     checkpoint: Checkpoint,
     to: Path,
@@ -97,65 +115,33 @@ def replay(
         )
     check_place(to, [checkpoint])
     with tempfile.TemporaryDirectory(prefix="surgery-replay-") as folder:
-        result, op = _rebuild(
-            record,
-            to,
-            checkpoint.root,
-            load_op,
-            options=options,
-            report=report,
-            notice=notice,
-            reuse=False,
-            folder=Path(folder),
-        )
+        call = _Call(checkpoint.root, load_op, options, report, notice, Path(folder))
+        result, op = _rebuild(record, to, call, reuse=False)
         found = _compared(record, result, op, lying=checkpoint)
     return replace(found, assumed=tuple(n for n in options.parents if is_unhashed(record["parents"][n]["digest"])))
 
 
-def _rebuild(
-    record: Mapping[str, Any],
-    to: Path,
-    home: Path,
-    load_op: Callable[[str], Any],
-    *,
-    options: ReplayOptions,
-    report: Report,
-    notice: Callable[[Plan], None],
-    reuse: bool,
-    folder: Path,
-) -> tuple[RunResult, Op]:
-    op, parents, run = _work(record, home, load_op, options=options, report=report, notice=notice, folder=folder)
-    return run_op(op, parents, to, options=run, report=report, notice=notice, reuse=reuse), op
+def _rebuild(record: Mapping[str, Any], to: Path, call: _Call, *, reuse: bool) -> tuple[RunResult, Op]:
+    op, parents, run = _work(record, call)
+    return run_op(op, parents, to, options=run, report=call.report, notice=call.notice, reuse=reuse), op
 
 
-def _work(
-    record: Mapping[str, Any],
-    home: Path,
-    load_op: Callable[[str], Any],
-    *,
-    options: ReplayOptions,
-    report: Report,
-    notice: Callable[[Plan], None],
-    folder: Path,
-) -> tuple[Op, list[Checkpoint], RunOptions]:
+def _work(record: Mapping[str, Any], call: _Call) -> tuple[Op, list[Checkpoint], RunOptions]:
     """The operation, parents and circumstances of a record."""
     if len(record["steps"]) != 1:
         raise CheckpointError(
             "many-steps", "the record holds several steps without what was between them", hint="run its recipe again"
         )
     (step,) = record["steps"]
-    op: Op = build_op(load_op(step["op"]), step["params"])
+    op: Op = build_op(call.load_op(step["op"]), step["params"])
     names = step.get("parents", list(record["parents"]))
     try:
         check_parents(op, len(names))
     except UsageError as err:
         hint = f"install surgery {record['environment'].get('surgery', 'of that time')}"
         raise CheckpointError("other-version", f"{printable(step['op'])}: {err.message} as then", hint=hint) from None
-    parents = [
-        _find_parent(record, name, home, load_op, options=options, report=report, notice=notice, folder=folder)
-        for name in names
-    ]
-    environment = record["environment"]
+    parents = [_find_parent(record, name, call) for name in names]
+    environment, options = record["environment"], call.options
     run = replace(
         options.run,
         seed=step["seed"],
@@ -170,29 +156,19 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def _find_parent(
-    record: Mapping[str, Any],
-    name: str,
-    home: Path,
-    load_op: Callable[[str], Any],
-    *,
-    options: ReplayOptions,
-    report: Report,
-    notice: Callable[[Plan], None],
-    folder: Path,
-) -> Checkpoint:
+def _find_parent(record: Mapping[str, Any], name: str, call: _Call) -> Checkpoint:
     """The parent with the recorded digest, from the first place that has it; one that was never written is planned
     again, and its tensors are made on the way as they were then."""
+    options, home = call.options, call.home
     row = record["parents"][name]
     own = record["ancestors"].get(row["lineage"]) if row["lineage"] else None
     if own is not None and row["digest"].startswith("derived:") and name not in options.parents:
         inner = {**own, "ancestors": record["ancestors"], "environment": record["environment"]}
-        lone = replace(options, parents={}, run=replace(options.run, overwrite=False, resume=False))
-        op, parents, run = _work(inner, home, load_op, options=lone, report=report, notice=notice, folder=folder)
+        op, parents, run = _work(inner, call.for_parents())
         plan = op.plan(PlanContext(run.seed, run.offline), *parents)
         key = plan_key(op, plan, parents, run)
         made = PlannedStep(op, plan, tuple(parents), run.seed, key)
-        own_folder = folder / str(sum(1 for _ in folder.iterdir()))
+        own_folder = call.folder / str(sum(1 for _ in call.folder.iterdir()))
         return planned_checkpoint(str(row.get("source") or name), made, own_folder)
     offline = options.run.offline
     changed: list[str] = []
@@ -219,11 +195,7 @@ def _find_parent(
         key = own["steps"][-1]["key"].removeprefix("sha256:")
         inner = {**own, "ancestors": record["ancestors"]}
         target = cache_folder() / "nodes" / key[:2] / key
-        # Other parents than those of the output itself were not named by the user.
-        lone = replace(options, parents={}, run=replace(options.run, overwrite=False, resume=False))
-        result, op = _rebuild(
-            inner, target, home, load_op, options=lone, report=report, notice=notice, reuse=True, folder=folder
-        )
+        result, op = _rebuild(inner, target, call.for_parents(), reuse=True)
         found = open_checkpoint(result.path, name=str(row.get("source") or name))
         again = _compared(own, result, op)
         # What was never digested cannot be compared: the same work on the same parents has to do.
