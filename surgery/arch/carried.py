@@ -5,6 +5,7 @@ Standard library only; no operation and no model is known here.
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 from surgery.graph.diff import json_differences
@@ -51,10 +52,30 @@ def full_name(part: Part, name: str) -> str:
 def side_files(base: Checkpoint, edited: Mapping[str, Any] | None = None) -> tuple[SideFile, ...]:
     """All side files of `base` at their places; those in `edited` (relative path -> JSON value) get new content."""
     edited = edited or {}
-    if base.layout == "gguf":  # what the file says of the model is a config that no file holds
-        edited = {"config.json": base.part().config, **edited}
     files = [SideFile(n, source=str(base.root / n)) for n in base.side_files if n not in edited]
+    if base.layout == "gguf":  # what the file says of the model is a config that no file holds, and so its tokenizer
+        edited = {"config.json": base.part().config, **edited}
+        unpacked = _Unpacked(base)
+        names = ("tokenizer.json", "tokenizer_config.json")
+        files += [SideFile(n, make=partial(unpacked.content, n)) for n in names if n not in edited]
     return tuple(files) + tuple(SideFile(n, content=json_bytes(value)) for n, value in edited.items())
+
+
+class _Unpacked:
+    """The tokenizer files of a GGUF file, made once for all of them."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+
+    @cached_property
+    def files(self) -> Mapping[str, bytes]:
+        from surgery.arch.language.load import tokenizer_files
+
+        return tokenizer_files(self._base)
+
+    def content(self, name: str) -> bytes:
+        """One of the files."""
+        return self.files[name]
 
 
 def indexes(base: Checkpoint) -> tuple[SideFile, ...]:

@@ -5,13 +5,13 @@ and the lineage's `params`. `plan()` names every output tensor without torch; `r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
-from surgery.errors import UsageError, closest
+from surgery.errors import SurgeryError, UsageError, closest
 from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.header import nbytes_of
 
@@ -103,11 +103,14 @@ class Trained(Entry):
 
 @dataclass(frozen=True)
 class SideFile:
-    """A file beside the weights: copied from `source` (a path), or `content` to be written."""
+    """A file beside the weights: copied from `source` (a path), `content` to be written, or what `make` returns when
+    the run starts, for content that takes too long for a plan; where `make` raises a `SurgeryError` the file is left
+    out, and the error is a warning."""
 
     relative: str
     source: str | None = None
     content: bytes | None = None
+    make: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,24 @@ class Plan:
     mirror: Checkpoint | None = None
     new_file: str | None = None
     evaluates: bool = False
+
+    def settled(self) -> "Plan":
+        """The plan with the content of files that are made when the run starts. What cannot be made is left out, with
+        a warning."""
+        if all(file.make is None for file in self.files):
+            return self
+        files: list[SideFile] = []
+        lacking: dict[str, list[str]] = {}
+        for file in self.files:
+            if file.make is None:
+                files.append(file)
+                continue
+            try:
+                files.append(SideFile(file.relative, content=file.make()))
+            except SurgeryError as err:
+                lacking.setdefault(f"{err.message}; {err.hint}", []).append(file.relative)
+        warnings = [f"the result has no {' and '.join(names)}: {why}" for why, names in lacking.items()]
+        return replace(self, files=tuple(files), warnings=(*self.warnings, *warnings))
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""

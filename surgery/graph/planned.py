@@ -113,7 +113,7 @@ def planned_checkpoint(
     """What `made` would publish, with its side files in `folder`, which must not exist yet and is made when needed."""
     from surgery.graph.engine.jobs import sources_of
 
-    plan = made.plan
+    plan = made.plan.settled()
     _put_side_files(plan, folder)
     shards, indexes = plan_shards(plan, key=None)
     sizes = {e.full_name: s.file.places[e.name][1] for s in shards for e in s.entries} if indexes else {}

