@@ -17,7 +17,8 @@ def short_name(checkpoint: Checkpoint) -> str:
 def card(report: Mapping[str, Any], parents: Sequence[Checkpoint]) -> str:
     """README.md of the output."""
     names = [short_name(p) for p in parents]
-    front = ["---", "library_name: transformers", "base_model:", *(f"- {n}" for n in names),
+    licence, said = _licences(names, parents)
+    front = ["---", "library_name: transformers", *licence, "base_model:", *(f"- {n}" for n in names),
              "base_model_relation: merge", "tags:", "- surgery", "- merge", "---", ""]  # fmt: skip
     lines = [*front, f"# A merge of {', '.join(names)}", ""]
     roles = ["host", "donor", "base"] if "weights" in report else [f"model {i}" for i in range(len(names))]
@@ -32,19 +33,45 @@ def card(report: Mapping[str, Any], parents: Sequence[Checkpoint]) -> str:
         f"{merged['tensors']:,} tensors were merged, the others are the first model's, byte for byte. "
         "`surgery.json` holds the whole record; `surgery replay` builds it again.",
         "",
+        *((said, "") if said else ()),
     ]
     return "\n".join(lines)
 
 
 def card_base(checkpoint: Checkpoint) -> str | None:
     """The first `base_model` that the card beside the weights names; None where it names none."""
+    return _stated(checkpoint, "base_model")
+
+
+def _stated(checkpoint: Checkpoint, key: str) -> str | None:
+    """The first value of `key` in the front matter of the card beside the weights."""
     path = checkpoint.root / "README.md"
     if not checkpoint.path.is_dir() or not path.is_file():
         return None
     with path.open(encoding="utf-8", errors="replace") as file:
         front = file.read(_FRONT).split("\n---", 1)[0]
-    found = re.search(r"^base_model:[ \t]*(?:\n[ \t]*-)?[ \t]*[\"']?([^\s\"'\[\],#]+)", front, re.M)
+    found = re.search(rf"^{key}:[ \t]*(?:\n[ \t]*-)?[ \t]*[\"']?([^\s\"'\[\],#]+)", front, re.M)
     return found[1] if front.startswith("---") and found else None
+
+
+def _licences(names: Sequence[str], parents: Sequence[Checkpoint]) -> tuple[list[str], str]:
+    """(lines of the front matter, what people should know): the licence that the parents' cards agree on, `other` where
+    they differ, nothing where no card states one."""
+    stated = [(n, _stated(p, "license"), _stated(p, "license_name")) for n, p in zip(names, parents, strict=True)]
+    known = [(n, kind, called) for n, kind, called in stated if kind]
+    if not known:
+        return [], ""
+    each = ", ".join(f"{n} {kind}{f' ({called})' if called else ''}" for n, kind, called in known)
+    said = [f"Licences that the models' cards state: {each}."]
+    (kind, called), *others = dict.fromkeys((kind, called) for _, kind, called in known)
+    if others:
+        said.append("They differ, and the conditions of each hold for a merge.")
+    if closed := [n for n, kind, called in known if "-nc" in f"{kind} {called}".lower()]:
+        said.append(f"That of {', '.join(closed)} rules out commercial use.")
+    if silent := [n for n, kind, _ in stated if not kind]:
+        said.append(f"No licence is stated beside {', '.join(silent)}.")
+    lines = [f"license: {'other' if others else kind}"]
+    return lines + ([f"license_name: {called}"] if called and not others else []), " ".join(said)
 
 
 def weighed(row: Mapping[str, Any]) -> str:
