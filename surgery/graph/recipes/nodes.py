@@ -122,6 +122,7 @@ def plan_node(scene: Scene, step: Step, parents: tuple[Checkpoint, ...], *, fuse
     node = Node(step, op, plan, parents, options, key, "run", "", parents[0] if parents else _NOTHING)
     if fused:
         pending = any(isinstance(p, Planned) and p.pending for p in parents)
+        node = replace(node, plan=plan.settled())
         made = _planned(scene, node, pending=pending, written=False)
         return replace(node, state="fused", checkpoint=made, why="its tensors are made on the way")
     is_output = step.name in scene.outputs
@@ -134,7 +135,8 @@ def plan_node(scene: Scene, step: Step, parents: tuple[Checkpoint, ...], *, fuse
         if at_hand is not None:
             return at_hand
     why = f"'{waits[0]}' is made first" if waits else _why(scene, node)
-    return replace(node, why=why, checkpoint=_planned(scene, node, pending=True, written=True))
+    node = replace(node, why=why, plan=plan.settled())
+    return replace(node, checkpoint=_planned(scene, node, pending=True, written=True))
 
 
 def _find(scene: Scene, node: Node, key: str, *, is_output: bool) -> Node | None:

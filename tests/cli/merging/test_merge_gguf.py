@@ -98,6 +98,13 @@ def test_a_gguf_host_without_a_tokenizer_says_so_once(command: Callable[..., Any
     (line,) = (line for line in ended.stderr.splitlines() if "tokenizer" in line)
     assert "the result has no tokenizer.json and tokenizer_config.json" in line, line
     assert command("verify", "out").code == 0
+    Path("r.yml").write_text(
+        "surgery: 1\ninputs: {host: ./bare.gguf, donor: ./donor}\noutputs: {made: ./made}\nsteps:\n"
+        "  half: {op: cast, from: host, with: {dtype: bfloat16}}\n  made: {op: merge, from: [half, donor]}\n"
+    )
+    ended = command("run", "r.yml")  # 'half' is made on the way
+    (line,) = (line for line in ended.stderr.splitlines() if "tokenizer" in line)
+    assert ended.code == 0 and "step 'half': the result has no tokenizer.json" in line, ended.stderr
 
 
 @pytest.mark.slow
