@@ -145,6 +145,7 @@ def _start(tiny_dit: Path, data: str, cwd: Path, *more: str) -> "subprocess.Pope
         stderr=-1,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
 
 
