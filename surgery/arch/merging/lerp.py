@@ -6,12 +6,8 @@ make the same bytes. Starting torch costs what merging some four gigabytes saves
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from surgery.store.reader import Reader, look
-
-if TYPE_CHECKING:
-    import torch
+from surgery.store.reader import Reader
 
 
 def lerps(weights: Sequence[float], readers: Sequence[Reader], dtype: str) -> bool:
@@ -31,18 +27,12 @@ def lerped(share: float, readers: Sequence[Reader], dtype: str, total: int, piec
     out = torch.empty(min(piece, total), dtype=kind)
     size = out.element_size()
     made = memoryview(as_bytes(out)).cast("B")
-    buffers = [memoryview(bytearray(len(made))) for _ in readers]
+    inputs = [torch.empty_like(out) for _ in readers]
+    buffers = [memoryview(as_bytes(tensor)).cast("B") for tensor in inputs]
     for start in range(0, total, piece):
         count = min(piece, total - start)
-        host, donor = (
-            _tensor(look(reader, start * size, count * size, buffer), kind)
-            for reader, buffer in zip(readers, buffers, strict=True)
-        )
+        for reader, buffer in zip(readers, buffers, strict=True):
+            reader.into(buffer[: count * size], start * size)
+        host, donor = (tensor[:count] for tensor in inputs)
         torch.lerp(host, donor, share, out=out[:count])
         yield made[: count * size]
-
-
-def _tensor(data: memoryview, kind: "torch.dtype") -> "torch.Tensor":
-    import torch
-
-    return torch.frombuffer(data, dtype=kind)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from surgery.arch.merging.arithmetic import Array
-from surgery.store.reader import Reader, look
+from surgery.store.reader import Reader
 
 _UPPER, _HALF, _SIXTEEN, _ONE = np.uint32(0xFFFF0000), np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
 _INFINITE, _MINUS_INFINITE = 0x7F80, 0xFF80
@@ -60,17 +60,9 @@ class _Sums:
 
     def _scaled(self, reader: Reader, start: int, weight: Any, values: Array) -> None:
         """The piece of one input as float32, first elements of all words before the second ones, times its weight."""
-        raw = self._raw
-        if self._nbytes % 4:
-            reader.into(self._stored[: self._nbytes], start * 2)
-        else:
-            seen = look(reader, start * 2, self._nbytes, self._stored)
-            raw = np.frombuffer(seen, np.uint32)
-            if not raw.flags.aligned:
-                self._raw[:] = raw
-                raw = self._raw
-        np.left_shift(raw, _SIXTEEN, values[0])
-        np.bitwise_and(raw, _UPPER, values[1])
+        reader.into(self._stored[: self._nbytes], start * 2)
+        np.left_shift(self._raw, _SIXTEEN, values[0])
+        np.bitwise_and(self._raw, _UPPER, values[1])
         numbers = values.view(np.float32)
         np.multiply(numbers, weight, numbers)
 
