@@ -26,13 +26,14 @@ class Cost:
     status: int
 
 
-def run(command: Sequence[str], *, cwd: Path | None = None) -> Cost:
-    """Run once; output goes nowhere."""
+def run(command: Sequence[str], *, cwd: Path | None = None, watch: bool = True) -> Cost:
+    """Run once; output goes nowhere. Without `watch` memory is not looked at, which takes time of a core that the
+    command may have use for."""
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
     while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG if watch else 0)
         if pid:
             break
         peak = max(peak, _anonymous(process.pid))
