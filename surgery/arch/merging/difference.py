@@ -17,7 +17,7 @@ import numpy as np
 from surgery.arch.language.locate import locate_towers
 from surgery.arch.merging.arithmetic import FLOATS, PIECE, Source
 from surgery.arch.merging.formulas import Formula, elements
-from surgery.arch.merging.measure import Sums, by_formula, measure_tensor
+from surgery.arch.merging.measure import Sums, by_formula, measure_tensor, ratio
 from surgery.arch.merging.selection import NORMS, groups_of, layer_of
 from surgery.errors import CheckpointError, printable
 from surgery.store.checkpoint import Checkpoint, TensorRef
@@ -52,12 +52,12 @@ class Moves:
     def row(self) -> dict[str, float | None]:
         """As ratios; None where there is nothing to divide by."""
         return {
-            "host_moved": _ratio(sqrt(self.host), sqrt(self.bb)),
-            "donor_moved": _ratio(sqrt(self.donor), sqrt(self.bb)),
-            "donor_to_host": _ratio(sqrt(self.donor), sqrt(self.host)),
-            "apart": _ratio(sqrt(self.apart), sqrt(self.hh)),
-            "cosine": _ratio(self.both, sqrt(self.host) * sqrt(self.donor)),
-            "conflict": _ratio(self.against, self.moved),
+            "host_moved": ratio(sqrt(self.host), sqrt(self.bb)),
+            "donor_moved": ratio(sqrt(self.donor), sqrt(self.bb)),
+            "donor_to_host": ratio(sqrt(self.donor), sqrt(self.host)),
+            "apart": ratio(sqrt(self.apart), sqrt(self.hh)),
+            "cosine": ratio(self.both, sqrt(self.host) * sqrt(self.donor)),
+            "conflict": ratio(self.against, self.moved),
         }
 
 
@@ -123,7 +123,3 @@ def _not_finite(refs: Sequence[tuple[Checkpoint, TensorRef]], values: Sequence[A
         f"{model.name}: '{printable(ref.name)}' holds values that are not finite numbers, or too large to compare",
         hint="nothing useful comes of merging it; get the file again, or a checkpoint from before it broke",
     )
-
-
-def _ratio(over: float, under: float) -> float | None:
-    return float(f"{over / under:.6g}") if under else None

@@ -59,10 +59,8 @@ def stream(formula: Formula, readers: Sequence[Reader], dtype: str, name: str, s
     if formula.method == "linear" and dither is None and {dtype, *(r.dtype for r in readers)} == {"BF16"}:
         for start, count, done in weighted_sums(_shares(formula, np.float32), readers, total, 2 * PIECE):
             for at in range(0, count, PIECE):
-                part = min(PIECE, count - at)
-                yield (
-                    sink.encode(make(start + at, part), start + at) if done is None else done[2 * at : 2 * (at + part)]
-                )
+                part, first = min(PIECE, count - at), start + at
+                yield sink.encode(make(first, part), first) if done is None else done[2 * at : 2 * (at + part)]
         return
     for start in range(0, total, PIECE):
         count = min(PIECE, total - start)

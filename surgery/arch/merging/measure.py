@@ -66,10 +66,10 @@ class Sums:
         return {
             "layer": label,
             "tensors": self.tensors,
-            "relative": _ratio(sqrt(self.apart), sqrt(self.hh)),
-            "cosine": _ratio(self.hd, sqrt(self.hh) * sqrt(self.dd)),
-            "changed": _ratio(self.changed, self.elements),
-            "transfer": _ratio(self.arrived, self.intended),
+            "relative": ratio(sqrt(self.apart), sqrt(self.hh)),
+            "cosine": ratio(self.hd, sqrt(self.hh) * sqrt(self.dd)),
+            "changed": ratio(self.changed, self.elements),
+            "transfer": ratio(self.arrived, self.intended),
         }
 
 
@@ -123,5 +123,6 @@ def _stored(values: Any, dtype: str, name: str, dither: Bits | None) -> Any:
     return Source(reader, np.float64, count).read(0, count)
 
 
-def _ratio(over: float, under: float) -> float | None:
+def ratio(over: float, under: float) -> float | None:
+    """`over` / `under` to six digits; None where that is no finite number."""
     return float(f"{over / under:.6g}") if under and isfinite(over / under) else None

@@ -123,6 +123,11 @@ class Method:
         """Whether a kernel takes its first input for the base: the base itself, or of two models the host."""
         return self._base or takes_two(self.spec)
 
+    @property
+    def _finds_weights(self) -> bool:
+        """Whether the method has no weights to be given."""
+        return self.spec is not None and not {"weight", "t"} & {p.name for p in self.spec.parameters}
+
     def _check_used(self) -> None:
         """Raise `UsageError` for an option that the method does not have."""
         request = self.request
@@ -133,7 +138,7 @@ class Method:
                 f"--density {request.density:g}: {self.name} keeps every change whole",
                 hint=f"leave it out; it is for {', '.join(_SPARSE)} and mergekit's della, breadcrumbs and their kin",
             )
-        if known is not None and not known & {"weight", "t"} and request.alpha != "0.9":
+        if self._finds_weights and request.alpha != "0.9":
             raise UsageError(
                 "alpha", f"--alpha {printable(request.alpha)}: {self.name} finds its own weights", hint="leave it out"
             )
@@ -214,8 +219,8 @@ class Method:
     def said(self, layers: Sequence[int], selected: Sequence[int], *, outside: bool) -> list[dict[str, Any]]:
         """The weights in words that have no direction to mix up, for the report: by layer of `selected`, and last with
         `outside` of the tensors outside layers, where these differ. `layers` are those that a gradient runs over."""
-        if self.spec is not None and not {"weight", "t"} & {p.name for p in self.spec.parameters}:
-            return []  # the method finds its own
+        if self._finds_weights:
+            return []
         found: list[dict[str, Any]] = []
         for layer in (*selected, *((None,) if outside else ())):
             host, donor = self.weights(self.shares.at(layer, layers))

@@ -72,11 +72,7 @@ def _large_first(jobs: Sequence[Job], workers: int) -> Sequence[Job]:
     if workers == 1:
         return jobs
     limit = max(_LARGE, sum(job.nbytes for job in jobs) / (8 * workers))
-    large = [job for job in jobs if isinstance(job, Unit) and job.nbytes > limit]
-    if not large:
-        return jobs
-    first = set(map(id, large))
-    return [*large, *(job for job in jobs if id(job) not in first)]
+    return sorted(jobs, key=lambda job: not (isinstance(job, Unit) and job.nbytes > limit))
 
 
 class _State:

@@ -171,6 +171,7 @@ def test_a_file_that_may_not_grow_is_told_in_one_line(pair: Pair, tmp_path: Path
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not write")
 def test_a_folder_without_rights_is_told_in_one_line(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
+    (tmp_path / "home").mkdir(mode=0o700)  # somebody else's
     for folder in (pair.host, pair.donor):
         for file in folder.iterdir():
             file.chmod(0o644)
@@ -181,7 +182,7 @@ def test_a_folder_without_rights_is_told_in_one_line(pair: Pair, tmp_path: Path)
     code = (
         "import os, sys\n"
         "import numpy, surgery.cli.main, surgery.cli.merge, surgery.arch.merging.pair, surgery.arch.merging.tasks\n"
-        "os.environ['XDG_CONFIG_HOME'] = '/root/somewhere/else'\n"
+        f"os.environ['XDG_CONFIG_HOME'] = {str(tmp_path / 'home' / 'settings')!r}\n"
         "os.seteuid(65534)\n"
         f"sys.argv = ['surgery', 'merge', {str(pair.host)!r}, {str(pair.donor)!r}, '-o', 'locked/out']\n"
         "surgery.cli.main.main()"
