@@ -6,11 +6,14 @@ Standard library only; no operation and no model is known here.
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from surgery.graph.diff import json_differences
 from surgery.graph.op import Entry, Keep, PartNames, SideFile
 from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.digests import canonical_digest
 from surgery.store.layout import BASES
 
 FLOATS: Mapping[str, str] = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -56,8 +59,8 @@ def side_files(base: Checkpoint, edited: Mapping[str, Any] | None = None) -> tup
     if base.layout == "gguf":  # what the file says of the model is a config that no file holds, and so its tokenizer
         edited = {"config.json": base.part().config, **edited}
         unpacked = _Unpacked(base)
-        names = ("tokenizer.json", "tokenizer_config.json")
-        files += [SideFile(n, make=partial(unpacked.content, n)) for n in names if n not in edited]
+        names = (n for n in ("tokenizer.json", "tokenizer_config.json") if n not in edited)
+        files += [SideFile(n, make=partial(unpacked.content, n), digest=unpacked.digest(n)) for n in names]
     return tuple(files) + tuple(SideFile(n, content=json_bytes(value)) for n, value in edited.items())
 
 
@@ -76,6 +79,12 @@ class _Unpacked:
     def content(self, name: str) -> bytes:
         """One of the files."""
         return self.files[name]
+
+    def digest(self, name: str) -> str:
+        """What one of the files depends on: all that is said in the file, and what reads it. Without the gguf package
+        there is none of them, and another result."""
+        release = version("transformers").rpartition(".")[0] if find_spec("transformers") else ""
+        return canonical_digest([name, self._base.part().told, release, find_spec("gguf") is not None])
 
 
 def indexes(base: Checkpoint) -> tuple[SideFile, ...]:

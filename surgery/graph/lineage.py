@@ -30,15 +30,17 @@ def node_key(
     params: Mapping[str, Any],
     parents: Iterable[Checkpoint],
     inputs: Mapping[str, str],
+    files: Mapping[str, str],
     seed: int,
     device: str,
     torch: str,
     plugin: str | None = None,
     hashing: bool = True,
 ) -> str:
-    """The identity of a node: equal keys mean equal results. `inputs` are digests of data read beside the parents;
-    `device` is a class ("cpu", "cuda"), `torch` major.minor, `plugin` the distribution that brings the operation.
-    Without `hashing`, a parent whose digests are not known is the files that it lies in."""
+    """The identity of a node: equal keys mean equal results. `inputs` are digests of data read beside the parents,
+    `files` what stands for the files beside the weights; `device` is a class ("cpu", "cuda"), `torch` major.minor,
+    `plugin` the distribution that brings the operation. Without `hashing`, a parent whose digests are not known is the
+    files that it lies in."""
     return digests.canonical_digest(
         ({"plugin": plugin} if plugin else {})
         | {
@@ -46,6 +48,7 @@ def node_key(
             "version": version,
             "params": dict(params),
             "inputs": dict(inputs),
+            "files": dict(files),
             "seed": seed,
             "device": device,
             "torch": torch,

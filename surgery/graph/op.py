@@ -5,13 +5,13 @@ and the lineage's `params`. `plan()` names every output tensor without torch; `r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
-from surgery.errors import SurgeryError, UsageError, closest
+from surgery.errors import UsageError, closest
 from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.header import nbytes_of
 
@@ -105,12 +105,14 @@ class Trained(Entry):
 class SideFile:
     """A file beside the weights: copied from `source` (a path), `content` to be written, or what `make` returns when
     the run starts, for content that takes too long for a plan; where `make` raises a `SurgeryError` the file is left
-    out, and the error is a warning."""
+    out, and the error is a warning. `digest` stands for the content in the node's key where that is not made yet, or
+    names what the work does not depend on, such as paths."""
 
     relative: str
     source: str | None = None
     content: bytes | None = None
     make: Callable[[], bytes] | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,24 +147,6 @@ class Plan:
     mirror: Checkpoint | None = None
     new_file: str | None = None
     evaluates: bool = False
-
-    def settled(self) -> "Plan":
-        """The plan with the content of files that are made when the run starts. What cannot be made is left out, with
-        a warning."""
-        if all(file.make is None for file in self.files):
-            return self
-        files: list[SideFile] = []
-        lacking: dict[str, list[str]] = {}
-        for file in self.files:
-            if file.make is None:
-                files.append(file)
-                continue
-            try:
-                files.append(SideFile(file.relative, content=file.make()))
-            except SurgeryError as err:
-                lacking.setdefault(f"{err.message}; {err.hint}", []).append(file.relative)
-        warnings = [f"the result has no {' and '.join(names)}: {why}" for why, names in lacking.items()]
-        return replace(self, files=tuple(files), warnings=(*self.warnings, *warnings))
 
     def bytes_report(self) -> dict[str, int]:
         """How many bytes are taken over from parents and how many are made."""

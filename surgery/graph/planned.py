@@ -7,12 +7,13 @@ plans on it as on any other.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import CheckpointError, OutputError
+from surgery.errors import CheckpointError, OutputError, SurgeryError
 from surgery.graph.lineage import make_record
 from surgery.graph.op import Op, Plan, resolved_params
 from surgery.graph.shards import index_json, plan_shards
@@ -67,6 +68,25 @@ class Planned(Checkpoint):
             return {"digest": self.known.digest, "config": self.known.config}
         return {"derived": self.step.key}
 
+    def file(self, name: str) -> Path | None:
+        """As of any checkpoint; one that a run makes is made now. None where that fails: the run will say why."""
+        self._complete()
+        return super().file(name)
+
+    def _complete(self) -> None:
+        """Make the files that a run makes, here and in the steps before, which those here may be links to."""
+        for step in planned_among([self]):
+            for own in step.step.plan.files:
+                if own.make is not None and not (step.root / own.relative).exists():
+                    with suppress(SurgeryError):
+                        (step.root / own.relative).write_bytes(own.make())
+
+    def config_digest(self) -> str:
+        """As of any checkpoint, of the files that there are."""
+        self._complete()
+        side = tuple(name for name in self.side_files if (self.root / name).is_file())
+        return Checkpoint(self.name, self.path, self.root, self.layout, self.parts, side).config_digest()
+
     @property
     def digest_text(self) -> str:
         """As in a record: derived:<key>."""
@@ -110,10 +130,11 @@ def planned_checkpoint(
     written: bool = False,
     known: Known | None = None,
 ) -> Planned:
-    """What `made` would publish, with its side files in `folder`, which must not exist yet and is made when needed."""
+    """What `made` would publish, with its side files in `folder`, which must not exist yet and is made when needed;
+    those that a run makes are only made when they are asked for."""
     from surgery.graph.engine.jobs import sources_of
 
-    plan = made.plan.settled()
+    plan = made.plan
     _put_side_files(plan, folder)
     shards, indexes = plan_shards(plan, key=None)
     sizes = {e.full_name: s.file.places[e.name][1] for s in shards for e in s.entries} if indexes else {}
@@ -168,17 +189,24 @@ def planned_checkpoint(
 
 def roots(parents: "tuple[Checkpoint, ...] | list[Checkpoint]") -> list[Checkpoint]:
     """The checkpoints on disk that `parents` are or are planned from, each once."""
+    return [parent for parent in _with_ancestors(parents) if not isinstance(parent, Planned)]
+
+
+def planned_among(parents: "tuple[Checkpoint, ...] | list[Checkpoint]") -> list[Planned]:
+    """The steps that `parents` are or are planned from, each once."""
+    return [parent for parent in _with_ancestors(parents) if isinstance(parent, Planned)]
+
+
+def _with_ancestors(parents: "tuple[Checkpoint, ...] | list[Checkpoint]") -> list[Checkpoint]:
     found: dict[int, Checkpoint] = {}
-    waiting, seen = list(parents), set()
+    waiting = list(parents)
     while waiting:
         parent = waiting.pop()
-        if id(parent) in seen:
+        if id(parent) in found:
             continue
-        seen.add(id(parent))
+        found[id(parent)] = parent
         if isinstance(parent, Planned):
             waiting.extend(parent.step.parents)
-        else:
-            found[id(parent)] = parent
     return list(found.values())
 
 
@@ -191,7 +219,7 @@ def _put_side_files(plan: Plan, folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if file.content is not None:
                 path.write_bytes(file.content)
-            else:
-                os.symlink(os.path.abspath(str(file.source)), path)
+            elif file.source is not None:
+                os.symlink(os.path.abspath(file.source), path)
     except OSError as err:
         raise OutputError("not-writable", f"{folder}: {err.strerror}", hint="set TMPDIR to another folder") from None

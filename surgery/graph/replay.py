@@ -302,7 +302,7 @@ def _reasons(then: Mapping[str, Any], now: Mapping[str, Any], op: Op) -> Iterato
     unhashed = any(is_unhashed(row["digest"]) for record in records for row in record["parents"].values())
     if not found and not unhashed and then["steps"][-1]["key"] != now["steps"][-1]["key"]:
         found = True
-        yield "the data that it reads beside its parents has changed"
+        yield "the data that it reads beside its parents, or the files beside their weights, have changed"
     if not found:
         processor = "" if "processor" in before else "another processor (which, was not recorded), or "
         yield f"versions, device and threads are the same: {processor}work that is not deterministic"

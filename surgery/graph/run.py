@@ -22,6 +22,7 @@ from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
 from surgery.graph.engine.local import Engine
 from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, load_torch, tensor_keys, uses_torch
 from surgery.graph.evaluation import check_no_report
+from surgery.graph.files import check_copied, file_digests, settled
 from surgery.graph.known import Known, check_unchanged, identities, known_digests
 from surgery.graph.lineage import encode, make_record, node_key
 from surgery.graph.op import (
@@ -117,7 +118,8 @@ def run_op(
         if not reuse:
             check_target(out, overwrite=options.overwrite)
     hashing = is_hashing(plan, options)
-    key = plan_key(op, plan, parents, options)
+    told = file_digests(op, plan, parents)
+    key = plan_key(op, plan, parents, options, files=told)
     reuse = reuse or out is None
     out = out or default_target(op, parents, key)
     check_place(out, roots(parents))
@@ -125,7 +127,7 @@ def run_op(
     if found is not None:
         return RunResult(out, found, found=True)
     check_target(out, overwrite=options.overwrite)
-    plan = plan.settled()
+    plan = settled(plan, parents)
     notice(plan)
     measure = getattr(op, "measure", None)
     measured = measure(plan, options.seed, *parents) if measure is not None else {}
@@ -157,8 +159,9 @@ def run_op(
             work, shards, sources, known, parents, space, done, trained, options, report, engine, hashing
         )
         check_unchanged(before)
-        files = [_weight_row(space, shard) for shard in shards]
-        files += _side_files(space, plan, indexes, shards, trained.files)
+        side = _side_files(space, plan, indexes, shards, trained.files)
+        check_copied(plan, parents, told, side)
+        files = [_weight_row(space, shard) for shard in shards] + side
         check = getattr(op, "check", None)
         checked = check(space.folder / "out", plan, parents, report) if check is not None else {}
         environment = run_environment(options)
@@ -218,8 +221,11 @@ def run_environment(options: RunOptions) -> dict[str, Any]:
     }
 
 
-def plan_key(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions) -> str:
-    """The node's key; hashes parents whose digests are not known yet, unless the options say that headers do."""
+def plan_key(
+    op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions, *, files: Mapping[str, str] | None = None
+) -> str:
+    """The node's key; hashes parents whose digests are not known yet, unless the options say that headers do. `files`
+    are their digests, if they were made before."""
     release = ".".join(_version("torch").split(".")[:2])
     return node_key(
         op=op.name,
@@ -227,6 +233,7 @@ def plan_key(op: Op, plan: Plan, parents: list[Checkpoint], options: RunOptions)
         params=resolved_params(op),
         parents=parents,
         inputs=plan.inputs,
+        files=file_digests(op, plan, parents) if files is None else files,
         seed=options.seed,
         device=options.device.split(":")[0],
         torch=release,

@@ -41,7 +41,8 @@ class TensorRef(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A sub-model: its tensors (file order), its config and the names that decide where an output of it goes."""
+    """A sub-model: its tensors (file order), its config and the names that decide where an output of it goes. `told` is
+    the digest of what a GGUF file says beside its tensors, "" elsewhere."""
 
     name: str
     base: str
@@ -51,6 +52,7 @@ class Part:
     files: tuple[str, ...]
     oddities: tuple[str, ...] = ()
     index: str | None = None  # relative to the root
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,7 @@ class Checkpoint:
                 by_file.setdefault(ref.file, []).append(ref)
             for file in part.files:
                 refs = by_file.get(file, [])
-                # Which tensors a pickle holds depends on the key that it was opened with, so its digests are not kept.
-                keep = all(ref.offset >= 0 for ref in refs)
+                keep = is_kept(file, refs)
                 before = digests.identity(file)
                 known = (digests.lookup(file) if keep else None) or {}
                 if missing := [ref for ref in refs if ref.name not in known]:
@@ -176,11 +177,18 @@ class Checkpoint:
         """How a record says which content it had as a parent."""
         return {"digest": self.digest_text} if hashing else self.unhashed.row
 
+    def file(self, name: str) -> Path | None:
+        """Where a side file lies; None where there is none of that name."""
+        path = self.root / name
+        return path if self.path.is_dir() and path.is_file() else None
+
     def config_digest(self) -> str:
         """Digest of the parsed JSON side files that say how the tensors are used: a pipeline's list of parts, configs
-        of parts and schedulers."""
+        of parts and schedulers; of a GGUF file, of the config that it comes down to."""
         ends = ("config.json", "model_index.json")
         rows = {name: read_json(self.root / name) for name in self.side_files if name.endswith(ends)}
+        if self.layout == "gguf":
+            rows["config.json"] = self.part().config
         return digests.canonical_digest(rows)
 
     def _hash_file(self, refs: list[TensorRef]) -> dict[str, str]:
@@ -251,6 +259,12 @@ class Checkpoint:
         }
 
 
+def is_kept(file: str, refs: "Iterable[TensorRef]") -> bool:
+    """Whether the cache of digests may know a file's tensors. Which ones a pickle holds depends on the key that it was
+    opened with."""
+    return file.endswith(".gguf") or all(ref.offset >= 0 for ref in refs)
+
+
 def content_digest(rows: "Iterable[tuple[str, str, tuple[int, ...], str]]") -> str:
     """sha256 over the sorted (name, dtype, shape, tensor sha256): equal content gives equal digests in any layout."""
     return digests.canonical_digest(sorted(rows))  # names differ, so nothing after them is compared
@@ -299,7 +313,7 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
     oddities: list[str] = []
     in_file: dict[str, str] = {}
     config: Mapping[str, Any] | None = None
-    config_file = part.config
+    config_file, told = part.config, ""
     for relative in part.files:
         path = str(layout.root / relative)
         if part.pickle:
@@ -312,7 +326,7 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
 
             file = read_gguf(Path(path))
             pickles[path] = GgufValues(file)
-            config, config_file = file.config, "config.json"
+            config, config_file, told = file.config, "config.json", file.told
             refs = [
                 TensorRef(t.name, t.dtype, t.shape, path, t.offset if t.is_range else -1, nbytes_of(t.dtype, t.shape))
                 for t in file.tensors
@@ -344,7 +358,7 @@ def _open_part(layout: Layout, part: PartLayout, shown: str, key: str | None, pi
                 "malformed", f"{layout.root / part.config}: not a JSON object", hint="the config is damaged"
             )
     files = tuple(str(layout.root / f) for f in part.files)
-    return Part(part.name, part.base, tensors, config, config_file, files, tuple(oddities), part.index)
+    return Part(part.name, part.base, tensors, config, config_file, files, tuple(oddities), part.index, told)
 
 
 def _check_index(part: PartLayout, in_file: Mapping[str, str], shown: str) -> None:

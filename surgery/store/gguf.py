@@ -5,6 +5,7 @@ weights of the llama layout, whose rows llama.cpp interleaves, are decoded when 
 package. What the file says of the model becomes a config. Everything is bounded by the size of the file.
 """
 
+import hashlib
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -73,11 +74,12 @@ class GgufTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Gguf:
-    """A parsed header."""
+    """A parsed header. `told` is the digest of all that the file says beside its tensors: tokenizer, template, …"""
 
     path: Path
     tensors: tuple[GgufTensor, ...]
     config: Mapping[str, Any]
+    told: str
 
 
 def read_gguf(path: Path) -> Gguf:
@@ -108,6 +110,7 @@ def _parse(path: Path, data: bytes, size: int) -> Gguf:
     for _ in range(pairs):
         key = reader.string()
         metadata[key] = reader.value(reader.number("<I"))
+    told = hashlib.sha256(memoryview(data)[24 : reader.at]).hexdigest()
     kind = str(metadata.get("general.architecture", ""))
     if kind not in _MODELS:
         _bad(path, f"architecture '{printable(kind)}'; known are {', '.join(_MODELS)}")
@@ -136,7 +139,7 @@ def _parse(path: Path, data: bytes, size: int) -> Gguf:
         elif kind == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
             turned = shared
         tensors.append(GgufTensor(name, own, shape, code, start + offset, nbytes, turned))
-    return Gguf(path, tuple(tensors), _config(kind, metadata, tensors))
+    return Gguf(path, tuple(tensors), _config(kind, metadata, tensors), told)
 
 
 def _config(kind: str, metadata: Mapping[str, Any], tensors: list[GgufTensor]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Unhashed:
 def look_at(checkpoint: "Checkpoint") -> Unhashed:
     """What is known of `checkpoint` from headers, the cache of digests and its record. Raises `CheckpointError` where
     the record is damaged, OSError where a file went away."""
-    from surgery.store.checkpoint import content_digest
+    from surgery.store.checkpoint import content_digest, is_kept
 
     known: dict[str, str] = {}
     claimed: dict[str, str] = {}
@@ -65,8 +65,7 @@ def look_at(checkpoint: "Checkpoint") -> Unhashed:
             row = _file_row(checkpoint, file, inside)
             files.append(row)
             places.append([row, digests.identity(file)])
-            plain = all(ref.offset >= 0 for ref in inside)
-            cached = (digests.lookup(file) if plain else None) or {}
+            cached = (digests.lookup(file) if is_kept(file, inside) else None) or {}
             told = _recorded(checkpoint, part, file, row, inside)
             for ref in inside:
                 name = prefix + ref.name

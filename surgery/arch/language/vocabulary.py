@@ -28,8 +28,8 @@ _LEAST = 0.95  # of the smaller vocabulary must stand at equal ids for `overlap`
 def token_table(checkpoint: Checkpoint) -> dict[int, str] | None:
     """Token by id, from the files beside the weights; None where there is no tokenizer that can be read."""
     for name in ("tokenizer.json", "vocab.json"):
-        path = Path(checkpoint.root) / name
-        if checkpoint.path.is_dir() and path.is_file():
+        path = checkpoint.file(name)
+        if path is not None:
             return _table(read_json(path), path)
     return None
 
@@ -37,7 +37,8 @@ def token_table(checkpoint: Checkpoint) -> dict[int, str] | None:
 def first_tokens(checkpoint: Checkpoint) -> dict[int, str]:
     """The tokens of the lowest ids, as the head of the tokenizer's file lists them; {} where there is none.
 
-    Enough to tell two tokenizers apart, at a hundredth of the cost of reading a vocabulary of a hundred thousand.
+    Enough to tell two tokenizers apart, at a hundredth of the cost of reading a vocabulary of a hundred thousand. What
+    a run makes is not made for this.
     """
     for name in ("tokenizer.json", "vocab.json"):
         path = Path(checkpoint.root) / name

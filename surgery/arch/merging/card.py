@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery.store.checkpoint import Checkpoint
+from surgery.store.digests import canonical_digest
 
 _FRONT = 1 << 16  # characters of a card in which its front matter must end
 
@@ -36,6 +37,12 @@ def card(report: Mapping[str, Any], parents: Sequence[Checkpoint]) -> str:
         *((said, "") if said else ()),
     ]
     return "\n".join(lines)
+
+
+def card_digest(parents: Sequence[Checkpoint]) -> str:
+    """What a card takes from those of the models. All else in it follows from the work, but for what they are called,
+    which changes no result."""
+    return canonical_digest([[_stated(p, key) for key in ("license", "license_name")] for p in parents])
 
 
 def card_base(checkpoint: Checkpoint) -> str | None:

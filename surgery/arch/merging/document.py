@@ -16,7 +16,7 @@ from surgery.arch.language.families import family_of
 from surgery.arch.language.preflight import refuse_quantised
 from surgery.arch.language.towers import EMBED, HEAD
 from surgery.arch.merging.adapters import Adapter, open_adapter
-from surgery.arch.merging.card import card
+from surgery.arch.merging.card import card, card_digest
 from surgery.arch.merging.files import files_of, named_template
 from surgery.arch.merging.formulas import Formula
 from surgery.arch.merging.kernels import Kernel, check_inputs, is_random, spec_of
@@ -472,7 +472,7 @@ def _finished(
             "bytes": sum(e.nbytes for e in entries) - sum(e.nbytes for e in merged),
         },
     }
-    files.append(SideFile("README.md", content=card(report, parents).encode()))
+    files.append(SideFile("README.md", content=card(report, parents).encode(), digest=card_digest(parents)))
     if mirrored:
         files += list(indexes(base))
     else:

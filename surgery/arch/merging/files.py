@@ -30,12 +30,13 @@ def files_of(
 
 def template_of(checkpoint: Checkpoint) -> str | None:
     """The chat template beside the weights, wherever the libraries of its time put it."""
-    root = checkpoint.root
-    if (root / "chat_template.jinja").is_file():
-        return (root / "chat_template.jinja").read_text("utf-8")
+    own = checkpoint.file("chat_template.jinja")
+    if own is not None:
+        return own.read_text("utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (root / name).is_file():
-            document = read_json(root / name)
+        path = checkpoint.file(name)
+        if path is not None:
+            document = read_json(path)
             found = document.get("chat_template") if isinstance(document, dict) else None
             if isinstance(found, str):
                 return found

@@ -15,7 +15,7 @@ from surgery.arch.language.preflight import check_stored, examine, stop_on
 from surgery.arch.language.towers import EMBED, HEAD, TowerMap, parse_layer_map
 from surgery.arch.language.vocabulary import rows_by_policy
 from surgery.arch.layers import parse_spans
-from surgery.arch.merging.card import card, spans
+from surgery.arch.merging.card import card, card_digest, spans
 from surgery.arch.merging.files import files_of
 from surgery.arch.merging.formulas import STREAMED, Formula
 from surgery.arch.merging.kernels import is_random
@@ -89,8 +89,9 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
         "host_only": list(mapped.host_only),
         "donor_only": list(mapped.donor_only),
     }
-    text = card(report, [host, donor, *((base,) if base else ())])
-    files = (*(f for f in files if f.relative != "README.md"), SideFile("README.md", content=text.encode()))
+    models = [host, donor, *((base,) if base else ())]
+    page = SideFile("README.md", content=card(report, models).encode(), digest=card_digest(models))
+    files = (*(f for f in files if f.relative != "README.md"), page)
     mirrored = host.layout in ("hf", "file") and not isinstance(host, Planned)
     return Plan(
         tuple(entries),

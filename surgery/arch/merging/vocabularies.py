@@ -75,6 +75,8 @@ def merged_vocabulary(document: Document, parents: Sequence[Checkpoint]) -> Voca
 
     given = document.tokenizer or {}
     keys = document.inputs()
+    for parent in parents:
+        parent.file("tokenizer.json")  # a step that is not made yet has its tokenizer from here on
     references = {
         key: ModelReference.model_validate({"model": {"path": str(parents[key[0]].path.resolve())}}) for key in keys
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 from surgery.errors import printable
 from surgery.graph.evaluation import check_no_report
+from surgery.graph.files import file_digests, settled
 from surgery.graph.op import Given, Op, Plan, PlanContext, Trained, resolved_params
 from surgery.graph.planned import Planned, PlannedStep, planned_checkpoint
 from surgery.graph.recipes.recipe import Recipe, Step
@@ -122,7 +123,6 @@ def plan_node(scene: Scene, step: Step, parents: tuple[Checkpoint, ...], *, fuse
     node = Node(step, op, plan, parents, options, key, "run", "", parents[0] if parents else _NOTHING)
     if fused:
         pending = any(isinstance(p, Planned) and p.pending for p in parents)
-        node = replace(node, plan=plan.settled())
         made = _planned(scene, node, pending=pending, written=False)
         return replace(node, state="fused", checkpoint=made, why="its tensors are made on the way")
     is_output = step.name in scene.outputs
@@ -135,7 +135,7 @@ def plan_node(scene: Scene, step: Step, parents: tuple[Checkpoint, ...], *, fuse
         if at_hand is not None:
             return at_hand
     why = f"'{waits[0]}' is made first" if waits else _why(scene, node)
-    node = replace(node, why=why, plan=plan.settled())
+    node = replace(node, why=why)
     return replace(node, checkpoint=_planned(scene, node, pending=True, written=True))
 
 
@@ -160,7 +160,9 @@ def _find(scene: Scene, node: Node, key: str, *, is_output: bool) -> Node | None
 def _planned(scene: Scene, node: Node, *, pending: bool, written: bool) -> Planned:
     known = cache.recall(node.key) if written and node.key else None
     hashing = is_hashing(node.plan, node.options)
-    made = PlannedStep(node.op, node.plan, node.parents, node.options.seed, node.key or "", hashing)
+    # Where the content is known though it is gone, steps that read it have keys, which the content of files is in.
+    plan = settled(node.plan, node.parents) if known is not None else node.plan
+    made = PlannedStep(node.op, plan, node.parents, node.options.seed, node.key or "", hashing)
     folder = scene.folder / str(next(scene.numbers))
     return planned_checkpoint(node.step.name, made, folder, pending=pending, written=written, known=known)
 
@@ -179,6 +181,7 @@ def _with_needs(nodes: dict[str, Node], scene: Scene) -> dict[str, Node]:
 def about(node: Node) -> dict[str, Any]:
     """What a step is, in words that can be compared with what it was."""
     hashing = is_hashing(node.plan, node.options)
+    waits = any(isinstance(p, Planned) and not p.identified for p in node.parents)
     identities = [
         p.identity(hashing=hashing) if not isinstance(p, Planned) or p.identified else {"derived": "not made"}
         for p in node.parents
@@ -191,6 +194,7 @@ def about(node: Node) -> dict[str, Any]:
         "device": node.options.device,
         "parents": dict(zip(node.step.sources, identities, strict=True)),
         "inputs": dict(node.plan.inputs),
+        "files": {} if waits else file_digests(node.op, node.plan, node.parents),
         "torch": run_environment(node.options)["torch"],
         "hash": node.options.hash,
     }
@@ -204,7 +208,7 @@ def _why(scene: Scene, node: Node) -> str:
     if before is None:
         return "never made here"
     now = about(node)
-    if changes := list(_changes(before, now)):
+    if changes := list(_changes(before, now)) or list(_other_files(before, now)):
         return "; ".join(changes)
     return "its result was not digested" if before.get("hash") == "header" else "its result is gone"
 
@@ -225,6 +229,14 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]
             yield f"'{printable(name)}' is another" + (", or was digested once and once not" if unsure else "")
     if before.get("inputs") != now["inputs"]:
         yield "the data that it reads is another"
+
+
+def _other_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
+    """Files beside the weights: said where nothing else is otherwise, which files often follow."""
+    old: Mapping[str, Any] = before.get("files") or {}
+    changed = [n for n in dict.fromkeys((*old, *now["files"])) if old and old.get(n) != now["files"].get(n)]
+    names = dict.fromkeys(printable(n.split(":", 1)[-1]) for n in changed)
+    return [f"another {', '.join(list(names)[:3])}"] if names else []
 
 
 def _short(value: Any) -> str:

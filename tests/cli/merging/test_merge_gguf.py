@@ -5,64 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
-
-HIDDEN = 32
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
-
-
-def pieces() -> tuple[list[str], list[str]]:
-    """Tokens and merges of a byte-level BPE, as GPT-2's."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    merges = ["h e", "l l", "he ll", "hell o"]
-    return [*letters, *(m.replace(" ", "") for m in merges), "<|im_start|>", "<|im_end|>"], merges
-
-
-def written(path: Path, *, tokenizer: bool = True) -> Path:
-    tokens, merges = pieces()
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_context_length(128)
-    if tokenizer:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
-        writer.add_token_list(tokens)
-        writer.add_token_merges(merges)
-        writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
-        writer.add_bos_token_id(len(tokens) - 2)
-        writer.add_eos_token_id(len(tokens) - 1)
-        writer.add_chat_template(TEMPLATE)
-    g = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,), "blk.0.attn_q": (HIDDEN, HIDDEN),
-        "blk.0.attn_k": (HIDDEN // 2, HIDDEN), "blk.0.attn_v": (HIDDEN // 2, HIDDEN),
-        "blk.0.attn_output": (HIDDEN, HIDDEN), "blk.0.ffn_gate": (48, HIDDEN), "blk.0.ffn_up": (48, HIDDEN),
-        "blk.0.ffn_down": (HIDDEN, 48), "blk.0.attn_norm": (HIDDEN,), "blk.0.ffn_norm": (HIDDEN,),
-    }  # fmt: skip
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", g.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+from tiny_gguf import save_gguf
 
 
 def test_the_tokenizer_of_a_gguf_host_is_in_the_result(command: Callable[..., Any], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    host = written(tmp_path / "tiny.gguf")
+    host = save_gguf(tmp_path / "tiny.gguf")
     ended = command("cast", host, "--dtype", "float32", "-o", "donor")
     assert ended.code == 0 and "has no" not in ended.stderr, ended.stderr
     changed = {n: t + 0.01 * torch.ones_like(t) for n, t in load_file("donor/model.safetensors").items()}
@@ -91,7 +43,7 @@ def test_the_tokenizer_of_a_gguf_host_is_in_the_result(command: Callable[..., An
 
 
 def test_a_gguf_host_without_a_tokenizer_says_so_once(command: Callable[..., Any], tmp_path: Path) -> None:
-    host = written(tmp_path / "bare.gguf", tokenizer=False)
+    host = save_gguf(tmp_path / "bare.gguf", tokenizer=False)
     assert command("cast", host, "--dtype", "float32", "-o", "donor", "-q").code == 0
     ended = command("merge", host, "donor", "--alpha", "0.5", "-o", "out")
     assert ended.code == 0 and not Path("out/tokenizer.json").exists(), ended.stderr
