@@ -149,6 +149,8 @@ def run_op(
         # Space is reserved for every file first: a full disk shows before any work is done.
         for shard in shards:
             space.begin_file(shard.file)
+        if hashing:
+            space.forget_undigested()  # of an earlier run with --hash header: here they are to have digests
         _check_journal(space, shards)
         planned = {f"{s.file.relative}\0{e.name}" for s in shards for e in s.entries}
         resumed = {k: sha for k, sha in space.done.items() if k in planned}
@@ -362,8 +364,7 @@ def _write(
     engine: Engine,
     hashing: bool,
 ) -> tuple[dict[str, str], tuple[tuple[str, int], ...]]:
-    """Move and make every tensor that is not in `done`; returns sha256 by full name, and what was made alone. Without
-    `hashing` what has no digest is not journalled: nothing could tell whether it is whole, so it is made again."""
+    """Move and make every tensor that is not in `done`; returns sha256 by full name, and what was made alone."""
     total = sum(s.file.size for s in shards)
     ready = [(e, done[k]) for s in shards for e in s.entries if (k := f"{s.file.relative}\0{e.name}") in done]
     hashes = {e.full_name: sha for e, sha in ready if sha is not None}
@@ -375,11 +376,11 @@ def _write(
         count = file.places[entry.name][1]
         if sha is not None:
             hashes[entry.full_name] = sha
-            space.note(file.relative, entry.name, sha, count)
         elif hashing:
             raise CheckpointError(
                 "bad-plan", f"'{printable(entry.full_name)}' was not digested", hint="a fault in the operation"
             )
+        space.note(file.relative, entry.name, sha, count)
         written += count
 
     def finished(job: Job, result: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ the line was written. A crash can tear lines, never make one true too early.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 
 class Journal:
     """The open journal at `path` of the work `key`; a journal of other work is emptied. `done` maps "file\\0tensor" to
-    the sha256 that an earlier run noted. Methods raise OSError."""
+    the sha256 that an earlier run noted, None where it made no digests. Methods raise OSError."""
 
     def __init__(self, path: Path, key: str) -> None:
         known = read_journal(path, key)
@@ -32,13 +32,21 @@ class Journal:
             raise
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Note finished tensors: rows of {"file", "tensor", "sha256"}. Their bytes must be on disk by now."""
+        """Note finished tensors: rows of {"file", "tensor", "sha256"}, null for one without a digest. Their bytes must
+        be on disk by now."""
         self._write(rows)
 
     def forget(self, relative: str | None = None) -> None:
         """Stop trusting what an earlier run noted, for one file or for all. It is on disk when this returns: the bytes
         may be changed then, and this run may be killed as well."""
-        kept = {k: sha for k, sha in self.done.items() if relative is not None and not k.startswith(f"{relative}\0")}
+        self._keep(lambda key, _: relative is not None and not key.startswith(f"{relative}\0"))
+
+    def forget_undigested(self) -> None:
+        """The same for tensors that were noted without a digest."""
+        self._keep(lambda _, sha: sha is not None)
+
+    def _keep(self, wanted: Callable[[str, str | None], bool]) -> None:
+        kept = {k: sha for k, sha in self.done.items() if wanted(k, sha)}
         if len(kept) == len(self.done):
             return
         self.done = kept
@@ -55,8 +63,9 @@ class Journal:
         os.fsync(self._fd)
 
 
-def read_journal(path: Path, key: str) -> dict[str, str] | None:
-    """Finished tensors, "file\\0tensor" to sha256, or None when there is no journal of the work `key`."""
+def read_journal(path: Path, key: str) -> dict[str, str | None] | None:
+    """Finished tensors, "file\\0tensor" to sha256 (None: no digest was made), or None when there is no journal of the
+    work `key`."""
     try:
         lines = path.read_text("utf-8", errors="replace").split("\n")
     except OSError:
@@ -70,7 +79,9 @@ def read_journal(path: Path, key: str) -> dict[str, str] | None:
     return {
         f"{row['file']}\0{row['tensor']}": row["sha256"]
         for row in rows[1:]
-        if isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("file", "tensor", "sha256"))
+        if isinstance(row, dict)
+        and all(isinstance(row.get(k), str) for k in ("file", "tensor"))
+        and isinstance(row.get("sha256", 0), str | None)
     }
 
 

@@ -191,9 +191,16 @@ class Workspace:
         except OSError as err:
             raise_os(err, self._shown)
 
+    def forget_undigested(self) -> None:
+        """Stop trusting what an earlier run noted without a digest."""
+        try:
+            self._journal.forget_undigested()
+        except OSError as err:
+            raise_os(err, self._shown)
+
     @property
-    def done(self) -> Mapping[str, str]:
-        """ "file\0tensor" -> sha256 of what an earlier run that was killed had finished."""
+    def done(self) -> Mapping[str, str | None]:
+        """ "file\0tensor" -> sha256 of what an earlier run that was killed had finished; None where it made none."""
         return self._journal.done
 
     def write(self, planned: PlannedFile, name: str, data: Any) -> None:
@@ -268,8 +275,8 @@ class Workspace:
             raise_os(err, self._shown)
         self._made.add(relative)
 
-    def note(self, relative: str, name: str, sha256: str, size: int) -> None:
-        """Journal a finished tensor; the file is synced before the line counts."""
+    def note(self, relative: str, name: str, sha256: str | None, size: int) -> None:
+        """Journal a finished tensor, with its digest if it has one; the file is synced before the line counts."""
         self._pending.append({"file": relative, "tensor": name, "sha256": sha256})
         self._pending_bytes += size
         if self._pending_bytes >= _SYNC_BYTES or time.monotonic() - self._last_sync >= _SYNC_SECONDS:

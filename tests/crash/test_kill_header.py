@@ -1,4 +1,4 @@
-"""kill -9 in a merge with --hash header: what has no digest is not trusted when the run goes on."""
+"""kill -9 in a merge with --hash header: what was synced is not made again, though nothing of it has a digest."""
 
 import json
 import signal
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import vlm_pairs
 
 from surgery.store.checkpoint import open_checkpoint
@@ -40,37 +41,66 @@ main()
 """
 
 
-def noted_in(folder: Path) -> set[str]:
-    """The tensors that the journal of a run names."""
+def noted_in(folder: Path) -> dict[str, str | None]:
+    """The tensors that the journal of a run names, with their digests."""
     path = folder / "journal.jsonl"
     found = read_journal(path, json.loads(path.read_bytes().split(b"\n")[0])["key"])
     assert found
-    return {name.split("\0")[1] for name in found}
+    return {name.split("\0")[1]: sha for name, sha in found.items()}
 
 
-def test_tensors_without_digests_are_made_again(tmp_path: Path, command: Callable[..., Any]) -> None:
-    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
-    words = ["merge", pair.host, pair.donor, "--hash", "header", "--workers", "1"]
-    assert command(*words, "-o", "whole").code == 0
-    hosts = open_checkpoint(pair.host).tensor_digests  # known from here on
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words), "-o", "out"], cwd=tmp_path, timeout=200)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    (folder,) = tmp_path.glob(".out.surgery-*")
-    noted = noted_in(folder)
-    made = {n for n, sha in open_checkpoint(tmp_path / "whole").tensor_digests.items() if sha != hosts[n]}
-    assert made and not noted & made  # of what was merged nothing is noted
+def spoil(folder: Path, *, but: set[str]) -> None:
+    """Change a bit of every tensor of an unfinished run that is not among those."""
     for file in (folder / "out").glob("*.safetensors"):
         header = read_header(file)
         raw = bytearray(file.read_bytes())
         for name, spec in header.tensors.items():
-            if name not in noted:
+            if name not in but:
                 raw[header.data_start + spec.start] ^= 1
         file.write_bytes(raw)
+
+
+def same_files(one: Path, two: Path) -> bool:
+    return all(f.name == "surgery.json" or (two / f.name).read_bytes() == f.read_bytes() for f in one.iterdir())
+
+
+@pytest.mark.parametrize("digested", [False, True], ids=["parents never digested", "parents digested"])
+def test_tensors_without_digests_are_taken_once_they_are_synced(
+    digested: bool, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
+    if digested:
+        assert all(open_checkpoint(model).digest for model in (pair.host, pair.donor))
+    words = ["merge", pair.host, pair.donor, "--hash", "header", "--workers", "1"]
+    assert command(*words, "-o", "whole").code == 0
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words), "-o", "out"], cwd=tmp_path, timeout=200)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    (folder,) = tmp_path.glob(".out.surgery-*")
+    noted = noted_in(folder)
+    marked = {name for name, sha in noted.items() if sha is None}
+    merged = {n for n in marked if ".layers." in n}
+    assert merged and (marked == noted.keys()) is not digested
+    spoil(folder, but=set(noted))  # whatever the journal does not name was never finished
     ended = command(*words, "-o", "out", "--resume")
     assert ended.code == 0, ended.stderr
     assert f"resumed: {len(noted)} tensors were reused" in ended.stderr
-    for file in (tmp_path / "whole").iterdir():
-        assert file.name == "surgery.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_run_with_digests_trusts_nothing_that_has_none(tmp_path: Path, command: Callable[..., Any]) -> None:
+    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
+    for model in (pair.host, pair.donor):
+        assert open_checkpoint(model).digest  # known: the work has one key with and without
+    words = ["merge", pair.host, pair.donor, "--workers", "1"]
+    assert command(*words, "-o", "whole").code == 0
+    header = [sys.executable, "-c", KILLED, *map(str, words), "--hash", "header", "-o", "out"]
+    assert subprocess.run(header, cwd=tmp_path, timeout=200).returncode == -signal.SIGKILL
+    (folder,) = tmp_path.glob(".out.surgery-*")
+    digested = {name for name, sha in noted_in(folder).items() if sha is not None}
+    spoil(folder, but=digested)
+    ended = command(*words, "-o", "out", "--resume")
+    assert ended.code == 0 and same_files(tmp_path / "whole", tmp_path / "out"), ended.stderr
+    assert command("verify", "out").code == 0 and "no digest" not in ended.stderr
 
 
 def test_a_run_without_digests_goes_on_with_one_that_has_them(tmp_path: Path, command: Callable[..., Any]) -> None:
@@ -89,5 +119,4 @@ def test_a_run_without_digests_goes_on_with_one_that_has_them(tmp_path: Path, co
     assert shown["reused"] == len(noted) > 0 and shown["undigested"] > 0
     assert all("sha256" in tensors[name] for name in noted)
     assert command("verify", "out").code == 0
-    for file in (tmp_path / "whole").iterdir():
-        assert file.name == "surgery.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    assert same_files(tmp_path / "whole", tmp_path / "out")

@@ -59,6 +59,50 @@ def test_what_is_forgotten_stays_forgotten(tmp_path: Path) -> None:
     assert journal.done == read_journal(tmp_path / "j", KEY) == {"g\0a": "1"}
 
 
+def test_a_tensor_without_a_digest_is_noted_as_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", KEY)
+    rows: list[dict[str, str | None]] = [{"file": "f", "tensor": t, "sha256": s} for t, s in (("a", None), ("b", "2"))]
+    journal.append(rows)
+    journal.close()
+    with open(tmp_path / "j", "ab") as handle:
+        handle.write(b'{"file": "f", "tensor": "c"}\n{"file": "f", "tensor": "d", "sha256": 7}\n')  # neither says so
+    assert read_journal(tmp_path / "j", KEY) == {"f\0a": None, "f\0b": "2"}
+    journal = Journal(tmp_path / "j", KEY)
+    journal.forget("g")
+    assert journal.done == {"f\0a": None, "f\0b": "2"}
+    journal.forget_undigested()
+    assert journal.done == read_journal(tmp_path / "j", KEY) == {"f\0b": "2"}
+    journal.append([{"file": "f", "tensor": "a", "sha256": "1"}])
+    journal.close()
+    assert read_journal(tmp_path / "j", KEY) == {"f\0a": "1", "f\0b": "2"}
+
+
+@pytest.mark.parametrize("sha", [None, "x"])
+def test_a_file_is_synced_before_its_tensor_is_noted(
+    sha: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    real_sync, real_append = os.fdatasync, Journal.append
+
+    def sync(fd: int) -> None:
+        said.append(os.readlink(f"/proc/self/fd/{fd}").rsplit("/", 1)[-1])
+        real_sync(fd)
+
+    def append(self: Journal, rows: list[dict[str, str]]) -> None:
+        said.append("journal")
+        real_append(self, rows)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(Journal, "append", append)
+    file = planned()
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", KEY) as space:
+        space.begin_file(file)
+        space.write(file, "t0", b"0000")
+        space.note(file.relative, "t0", sha, 4)
+        raise KeyboardInterrupt
+    assert said == ["model.safetensors", "journal"]
+
+
 def test_an_interrupted_run_journals_what_is_finished(tmp_path: Path) -> None:
     file = planned()
     with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", KEY) as space:
