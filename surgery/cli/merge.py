@@ -9,6 +9,7 @@ import typer
 
 from surgery.cli.operation import COMMON_DEFAULTS, command_function, run_options
 from surgery.errors import UsageError, printable
+from surgery.store.names import model_and_adapter, open_named
 
 _ARITHMETIC = ("auto", "stream", "kernels", "mergekit")
 # numpy's threads for matrix products have nothing to do here, and starting them costs half of importing it.
@@ -31,16 +32,8 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
                 f"merge takes HOST and DONOR, and {len(named)} {'was' if len(named) == 1 else 'were'} named",
                 hint="surgery merge HOST DONOR; more models: surgery merge --config FILE",
             )
-        sources = [*named, base] if base is not None else named
-        for name in sources:
-            model, plus, adapter = name.partition("+")
-            if plus and not os.path.exists(name) and os.path.exists(model):
-                raise UsageError(
-                    "models",
-                    f"{printable(name)}: a model with an adapter is for mergekit files",
-                    hint=f"surgery lora apply {model} {adapter} -o MERGED, then merge that",
-                )
-        return sources
+        models = [*named, base] if base is not None else named
+        return [piece for model in models for piece in _with_adapter(model, offline=common["offline"])]
     if named or base is not None:
         raise UsageError("models", "--config names the models itself", hint="leave HOST, DONOR and --base out")
     from surgery.graph.recipes.mergekit_file import read_mergekit
@@ -59,6 +52,28 @@ def _sources(values: dict[str, Any], common: Mapping[str, Any]) -> list[str] | N
     build_op(Merge, {**values, "config": recipe.steps[0].params["config"]})  # refuses options that a file says itself
     _several(recipe, common)
     return None
+
+
+def _with_adapter(typed: str, *, offline: bool) -> list[str]:
+    """A model, or a model and its adapter: MODEL+ADAPTER. Raises `UsageError` where one stands for the other."""
+    from surgery.arch.merging.adapters import CONFIG, is_adapter
+
+    names = model_and_adapter(typed)
+    if len(names) > 2 or not all(names):
+        raise UsageError(
+            "models",
+            f"{printable(typed)}: no model, and no model with one adapter",
+            hint="MODEL or MODEL+ADAPTER; surgery lora apply MODEL ADAPTER merges one after the other",
+        )
+    if (Path(names[0]) / CONFIG).is_file():
+        raise UsageError("models", f"{printable(names[0])}: an adapter, no model", hint=f"MODEL+{printable(names[0])}")
+    if len(names) == 2 and not is_adapter(open_named(names[1], offline=offline)):
+        raise UsageError(
+            "models",
+            f"{printable(names[1])}: no adapter, there is no {CONFIG} beside the weights",
+            hint="more than two models are merged by a mergekit file: surgery merge --config FILE",
+        )
+    return names
 
 
 def _several(recipe: Any, common: Mapping[str, Any]) -> None:
@@ -85,7 +100,8 @@ merge = command_function(
             list[str] | None,
             typer.Argument(
                 metavar="[HOST DONOR]",
-                help="The model whose tower is merged into, and the text model. Folder, file, alias or hub id.",
+                help="The model whose tower is merged into, and the text model. Folder, file, alias or hub id, or "
+                "MODEL+ADAPTER.",
                 show_default=False,
             ),
             None,

@@ -36,11 +36,14 @@ class Merge:
     Without options: 0.9 of the host and 0.1 of the donor in every decoder layer and the final norm; embeddings, head,
     projector and vision encoder stay the host's, byte for byte. --layers 12-28 includes both ends, 12:28 stops before
     28. Methods: linear, swap, slerp, task-arithmetic, ties, dare-linear, dare-ties (in pieces, any size of model), and
-    every method that mergekit registers. A mergekit YAML file is merged by --config.
+    every method that mergekit registers. A mergekit YAML file is merged by --config. Each model may have a LoRA adapter
+    behind it, MODEL+ADAPTER.
 
     Examples:
 
       surgery merge vlm llm --layers 12-28 -o out
+
+      surgery merge vlm llm+adapter --layers 12-28 -o out
 
       surgery merge vlm llm --base base --method ties --density 0.2 -o out
 
@@ -151,16 +154,18 @@ class Merge:
 
     def plan(self, ctx: PlanContext, *parents: Checkpoint) -> Plan:
         """Every tensor of the output: merged, or the host's."""
+        from surgery.arch.merging.attached import models_and_adapters
         from surgery.arch.merging.pair import Request, plan_pair
 
         if self.config is not None:
             from surgery.arch.merging.document import plan_document
 
             return plan_document(self.config, parents, arithmetic=self.arithmetic, strict=self.strict, force=self.force)
-        if not 2 <= len(parents) <= 3:
+        models, adapters = models_and_adapters(parents)
+        if not 2 <= len(models) <= 3:
             raise UsageError(
                 "parents",
-                f"merge takes HOST DONOR and perhaps --base, not {len(parents)} checkpoints",
+                f"merge takes HOST DONOR and perhaps --base, not {len(models)} models",
                 hint="more models are merged by a mergekit file: surgery merge --config FILE",
             )
         if self.arithmetic == "mergekit":
@@ -169,9 +174,9 @@ class Merge:
                 "--arithmetic mergekit runs a mergekit file; HOST DONOR are merged here, tower by tower",
                 hint="surgery merge --config FILE --arithmetic mergekit; kernels are mergekit's too",
             )
-        host, donor, *base = parents
+        host, donor, *base = models
         values = {f.name: getattr(self, f.name) for f in fields(Request)}
-        return plan_pair(Request(**values), host, donor, base[0] if base else None)
+        return plan_pair(Request(**values), host, donor, base[0] if base else None, adapters)
 
     def stream(self, task: Compute, readers: list[Any], seed: int) -> Iterator[memoryview]:
         """A tensor of one of our formulas, in pieces."""
@@ -231,9 +236,13 @@ class Merge:
             return lines
         layers = report["layers"]
         by_class = "" if report["found_by"] == "names" else "  (names left it open: found by building the class)"
+        host, donor = (
+            report[role]["name"] + (f"+{report['adapters'][role]}" if role in report.get("adapters", {}) else "")
+            for role in ("host", "donor")
+        )
         lines = [
-            f"host     {report['host']['name']}  {report['host']['class'] or ''}  tower {report['prefix']}{by_class}",
-            f"donor    {report['donor']['name']}  {report['donor']['class'] or ''}",
+            f"host     {host}  {report['host']['class'] or ''}  tower {report['prefix']}{by_class}",
+            f"donor    {donor}  {report['donor']['class'] or ''}",
             f"method   {report['method']}",
             f"layers   {spans(layers['selected']) or 'none'}  ({len(layers['selected'])} of {layers['of']})",
         ]

@@ -78,6 +78,11 @@ def _existing(name: str) -> Path | None:
         return None  # too long for a path, in a folder that may not be read, or of a user that there is not
 
 
+def model_and_adapter(typed: str) -> list[str]:
+    """MODEL+ADAPTER, as mergekit spells it, as two names; what lies there under the whole name is one."""
+    return [typed] if _existing(typed) else typed.split("+")
+
+
 def open_named(typed: str, *, offline: bool = False, key: str | None = None) -> Checkpoint:
     """Resolve and open in one step; the checkpoint's `name` is what was typed."""
     found = resolve(typed, offline=offline)

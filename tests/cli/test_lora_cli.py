@@ -94,11 +94,6 @@ def test_an_adapter_trained_on_a_vision_language_model_is_applied(
     assert set(out) == set(wanted) and max(float((out[n] - t).abs().max()) for n, t in wanted.items()) < 1e-6
 
 
-def test_an_adapter_behind_a_plus_is_for_files(pair: vlm_pairs.Pair, command: Callable[..., Any]) -> None:
-    ended = command("merge", pair.host, f"{pair.donor}+lora", "-o", "out")
-    assert ended.code == 2 and f"surgery lora apply {pair.donor} lora -o MERGED" in ended.stderr
-
-
 def test_what_an_adapter_leaves_out_is_said(pair: vlm_pairs.Pair, command: Callable[..., Any]) -> None:
     ended = command("lora", "extract", pair.donor, pair.base, "-r", "4", "-o", "lora")
     assert ended.code == 0 and "'lm_head.weight' and 10 more tensors differ too" in ended.stderr, ended.stderr

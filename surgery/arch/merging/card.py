@@ -15,16 +15,16 @@ def short_name(checkpoint: Checkpoint) -> str:
     return checkpoint.origin.get("name") or checkpoint.name.rstrip("/").rsplit("/", 1)[-1] or "checkpoint"
 
 
-def card(report: Mapping[str, Any], parents: Sequence[Checkpoint]) -> str:
-    """README.md of the output."""
+def card(report: Mapping[str, Any], parents: Sequence[Checkpoint], roles: Sequence[str] | None = None) -> str:
+    """README.md of the output; `roles` say what each parent is in it, where they are not models side by side."""
     names = [short_name(p) for p in parents]
     licence, said = _licences(names, parents)
     front = ["---", "library_name: transformers", *licence, "base_model:", *(f"- {n}" for n in names),
              "base_model_relation: merge", "tags:", "- surgery", "- merge", "---", ""]  # fmt: skip
     lines = [*front, f"# A merge of {', '.join(names)}", ""]
-    roles = ["host", "donor", "base"] if "weights" in report else [f"model {i}" for i in range(len(names))]
+    roles = roles or [f"model {i}" for i in range(len(names))]
     lines += ["| role | model | content |", "|---|---|---|"]
-    lines += [f"| {r} | {n} | `{_class(p)}` |" for r, n, p in zip(roles, names, parents, strict=False)]
+    lines += [f"| {r} | {n} | `{_class(p)}` |" for r, n, p in zip(roles, names, parents, strict=True)]
     lines += ["", f"Method: {report['method']}."]
     for row in report.get("weights", []):
         lines.append(f"{weighed(row).capitalize()}: host {row['host']:g}, donor {row['donor']:g}.")

@@ -26,6 +26,7 @@ from surgery.store.checkpoint import Checkpoint
 
 OWN = (*STREAMED, "swap")  # made here; every other method is mergekit's
 _SUM_TO_ONE = ("linear", "slerp", "swap")
+SCRATCH = 16 << 20  # bytes that a streamed tensor takes at most
 _SPARSE = ("ties", "dare-linear", "dare-ties")
 
 

@@ -15,11 +15,12 @@ from surgery.arch.language.preflight import check_stored, examine, stop_on
 from surgery.arch.language.towers import EMBED, HEAD, TowerMap, parse_layer_map
 from surgery.arch.language.vocabulary import rows_by_policy
 from surgery.arch.layers import parse_spans
+from surgery.arch.merging.attached import Attached, attach
 from surgery.arch.merging.card import card, card_digest, spans
 from surgery.arch.merging.files import files_of
 from surgery.arch.merging.formulas import STREAMED, Formula
 from surgery.arch.merging.kernels import is_random
-from surgery.arch.merging.method import Method, Request, Task
+from surgery.arch.merging.method import SCRATCH, Method, Request, Task
 from surgery.arch.merging.selection import check_layers, layer_of, select
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
@@ -27,12 +28,18 @@ from surgery.graph.planned import Planned
 from surgery.store.checkpoint import Checkpoint, TensorRef
 from surgery.store.digests import canonical_digest
 
-SCRATCH = 16 << 20  # bytes that a streamed tensor takes at most
 _STORED = ("BF16", "F16", "F32", "F64")
 
 
-def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Checkpoint | None) -> Plan:
-    """The plan of a merge. Raises `UsageError` and `CheckpointError` before anything is written."""
+def plan_pair(
+    request: Request,
+    host: Checkpoint,
+    donor: Checkpoint,
+    base: Checkpoint | None,
+    attached: Sequence[Attached] = (),
+) -> Plan:
+    """The plan of a merge; `attached` are adapters of the models, which stand behind them among the parents. Raises
+    `UsageError` and `CheckpointError` before anything is written."""
     for checkpoint in (host, donor, *((base,) if base else ())):
         plain_model(checkpoint)
     method = Method(request, host, donor, base)
@@ -52,6 +59,7 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
     if mapped.by_class:  # another version of transformers may answer otherwise
         inputs["tower"] = canonical_digest({c: list(pair) for c, pair in mapped.names.items()})
     entries = _entries(request, method, host, donor, base, mapped, base_map, chosen, layers, rows)
+    entries = list(attach(entries, attached)) if attached else entries
     part = host.part()
     edited: dict[str, Any] = {}
     edits: tuple[tuple[str, Any, Any], ...] = ()
@@ -89,8 +97,12 @@ def plan_pair(request: Request, host: Checkpoint, donor: Checkpoint, base: Check
         "host_only": list(mapped.host_only),
         "donor_only": list(mapped.donor_only),
     }
-    models = [host, donor, *((base,) if base else ())]
-    page = SideFile("README.md", content=card(report, models).encode(), digest=card_digest(models))
+    roles = ["host", "donor", *(["base"] if base else [])]
+    for own in attached:
+        report.setdefault("adapters", {})[roles[own.model]] = own.checkpoint.name
+    models = [host, donor, *((base,) if base else ()), *(own.checkpoint for own in attached)]
+    roles += [f"adapter of the {roles[own.model]}" for own in attached]
+    page = SideFile("README.md", content=card(report, models, roles).encode(), digest=card_digest(models))
     files = (*(f for f in files if f.relative != "README.md"), page)
     mirrored = host.layout in ("hf", "file") and not isinstance(host, Planned)
     return Plan(

@@ -133,16 +133,19 @@ def measure_plan(op: Op, plan: Plan, seed: int, parents: Sequence[Checkpoint]) -
         return {}  # steps of a chain that are never written have no values to look at yet
     sums: dict[int | str, Sums] = {}
     for entry in plan.entries:
-        if not isinstance(entry, Compute) or not isinstance(entry.how, Task) or len(entry.inputs) < 2:
+        if not isinstance(entry, Compute) or not isinstance(entry.how, Task):
             continue
         how: Task = entry.how
-        if how.rows or how.deltas or how.vocabulary is not None:
+        count = how.deltas[0][1] if how.deltas else len(entry.inputs)
+        if count < 2 or how.rows or how.vocabulary is not None:
             continue
         layer = layer_of(how.canonical)
         own = sums.setdefault("outside" if layer is None else layer, Sums())
         number = tensor_seed(seed, op, entry.full_name)
         with ExitStack() as opened:
-            readers = [opened.enter_context(open_reader(parents[at], ref)) for at, ref in entry.inputs]
+            readers: list[Reader] = [opened.enter_context(open_reader(parents[at], ref)) for at, ref in entry.inputs]
+            if how.deltas:
+                readers = _adapted(how, readers)
             if how.formula is not None:
                 dither = Bits(number, ROUNDING) if how.formula.rounding == "stochastic" else None
                 merge = by_formula(how.formula, number)

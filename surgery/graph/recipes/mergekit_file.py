@@ -24,6 +24,7 @@ from surgery.errors import closest, printable
 from surgery.graph.recipes.documents import Lines, fault, load_documents, read_text
 from surgery.graph.recipes.recipe import Recipe, Step, in_order
 from surgery.store.digests import canonical
+from surgery.store.names import model_and_adapter
 
 OPERATION = "merge"
 UNNAMED = "merged"  # what the step of a document without a name is called
@@ -292,7 +293,7 @@ class _Reader:
             lora = value.get("lora")
             texts = [self._path(v, at) for v in (model, lora) if v is not None]
         elif isinstance(value, str) and value:
-            texts = [value] if Path(value).exists() else value.split("+")
+            texts = model_and_adapter(value)
         else:
             raise self._fault(at, f"a model is a path or a name, not {printable(repr(value), limit=60)}", "model: PATH")
         if not 1 <= len(texts) <= 2 or not all(texts):
