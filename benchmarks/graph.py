@@ -99,7 +99,7 @@ def scheduling() -> list[dict[str, object]]:
     """The executor with work that does nothing."""
     from surgery.graph.engine import local
     from surgery.graph.engine.work import Resources, Unit
-    from surgery.store.checkpoint import TensorRef
+    from surgery.store.tensors import TensorRef
 
     costs = {}
     real = local.carry_out

@@ -94,7 +94,7 @@ def run(
 
     `set` is what --set is on the command line. Raises the errors of the recipe and of its operations.
     """
-    from surgery.graph.recipes.recipe import read_recipe
+    from surgery.graph.recipes.recipe_file import read_recipe
     from surgery.graph.recipes.schedule import run_recipe
 
     changes = [f"{key}={value}" for key, value in (set or {}).items()]

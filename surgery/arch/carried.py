@@ -3,7 +3,6 @@
 Standard library only; no operation and no model is known here.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -11,10 +10,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from surgery.graph.diff import json_differences
-from surgery.graph.op import Entry, Keep, PartNames, SideFile
-from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.graph.op import Entry, Keep, PartNames, SideFile, json_bytes
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.digests import canonical_digest
 from surgery.store.layout import BASES
+from surgery.store.tensors import Part, TensorRef
 
 FLOATS: Mapping[str, str] = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHORT_FLOATS: Mapping[str, str] = {
@@ -103,11 +103,6 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         else:
             edited[key] = value
     return edited
-
-
-def json_bytes(value: Any) -> bytes:
-    """A JSON side file as Hugging Face libraries write it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def config_edits(file: str, before: Any, after: Any) -> tuple[tuple[str, Any, Any], ...]:

@@ -28,9 +28,10 @@ from surgery.graph.op import (
 from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, run_op
 from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
-from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.names import known_aliases, open_named
 from surgery.store.record import undigested
+from surgery.store.tensors import Part, TensorRef
 
 _UNMADE = "arch:"  # in front of the name of an architecture: its shape alone, for --dry-run
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.store import digests
-from surgery.store.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from surgery.store.checkpoint import Checkpoint, open_checkpoint
 from surgery.store.header import DTYPE_BITS
 from surgery.store.layout import natural, read_json
+from surgery.store.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from surgery.errors import CheckpointError
 from surgery.store import digests
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.tensors import TensorRef
 
 Digests = Mapping[str, Mapping[str, str]]  # sha256 by file and name of the tensor
 

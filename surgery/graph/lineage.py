@@ -14,7 +14,8 @@ from typing import Any
 from surgery.errors import CheckpointError, UsageError, printable
 from surgery.graph.op import Bytes, Compute, Given, Keep, Plan, Trained
 from surgery.store import digests
-from surgery.store.checkpoint import Checkpoint, content_digest
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.digests import content_digest
 from surgery.store.header import header_digest
 from surgery.store.layout import LINEAGE_FILE, REPORT_FILE
 from surgery.store.record import is_intact, is_unhashed, record_digest, undigested

@@ -4,6 +4,7 @@ An operation is a frozen dataclass. Its fields, annotated with `Param`, become t
 and the lineage's `params`. `plan()` names every output tensor without torch; `run()` computes the ones that need it.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
 from surgery.errors import UsageError, closest
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.header import nbytes_of
+from surgery.store.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +115,11 @@ class SideFile:
     content: bytes | None = None
     make: Callable[[], bytes] | None = None
     digest: str | None = None
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON side file as Hugging Face libraries write it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,22 @@ plans on it as on any other.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery.errors import CheckpointError, OutputError, SurgeryError
+from surgery.graph.engine.work import Made, Source, join
 from surgery.graph.lineage import make_record
-from surgery.graph.op import Op, Plan, resolved_params
+from surgery.graph.op import Bytes, Compute, Entry, Given, Keep, Op, Plan, Trained, resolved_params
 from surgery.graph.shards import index_json, plan_shards
 from surgery.store.cache import Known
-from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json, safe_relative
-
-if TYPE_CHECKING:
-    from surgery.graph.engine.work import Source
+from surgery.store.tensors import Part, TensorRef
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Planned(Checkpoint):
     """
 
     made: PlannedStep | None = None
-    sources: "Mapping[str, Mapping[str, Source]]" = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
     pending: bool = False
     written: bool = False
     known: Known | None = None
@@ -132,8 +131,6 @@ def planned_checkpoint(
 ) -> Planned:
     """What `made` would publish, with its side files in `folder`, which must not exist yet and is made when needed;
     those that a run makes are only made when they are asked for."""
-    from surgery.graph.engine.jobs import sources_of
-
     plan = made.plan
     _put_side_files(plan, folder)
     shards, indexes = plan_shards(plan, key=None)
@@ -185,6 +182,38 @@ def planned_checkpoint(
         written=written,
         known=known,
     )
+
+
+def source_of(entry: Entry, op: Op, parents: Sequence[Checkpoint], seed: int) -> Source | None:
+    """Where the bytes of an entry come from, looked up through parents that were never written; None for what is
+    in memory already: a trainer's results, and what the plan gives."""
+    if isinstance(entry, Keep):
+        return _origin(parents[entry.parent], entry.ref)
+    if isinstance(entry, Bytes):
+        pieces = ((_origin(parents[entry.parent], ref), start, stop) for ref, start, stop in entry.pieces)
+        return join(entry.dtype, entry.shape, entry.nbytes, tuple(pieces))
+    if isinstance(entry, Compute):
+        return Made(op, entry, tuple(_origin(parents[at], ref) for at, ref in entry.inputs), seed)
+    assert isinstance(entry, Trained | Given)
+    return None
+
+
+def sources_of(entries: Iterable[Entry], op: Op, parents: Sequence[Checkpoint], seed: int) -> list[Source | None]:
+    """`source_of` each entry; quick, for plans that keep a hundred thousand tensors."""
+    planned = [p.sources if isinstance(p, Planned) and not p.written else None for p in parents]
+    found: list[Source | None] = []
+    for entry in entries:
+        if type(entry) is Keep:
+            table, ref = planned[entry.parent], entry.ref
+            found.append(ref if table is None else table[ref.file][ref.name])
+        else:
+            found.append(source_of(entry, op, parents, seed))
+    return found
+
+
+def _origin(parent: Checkpoint, ref: TensorRef) -> Source:
+    fused = isinstance(parent, Planned) and not parent.written
+    return parent.sources[ref.file][ref.name] if fused else ref  # type: ignore[attr-defined]
 
 
 def roots(parents: "tuple[Checkpoint, ...] | list[Checkpoint]") -> list[Checkpoint]:

@@ -18,7 +18,7 @@ from surgery import __version__
 from surgery.errors import CheckpointError, OutputError, ResourceError, UsageError, printable
 from surgery.graph.engine.budget import memory_budget
 from surgery.graph.engine.cluster import engine_named
-from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs, source_of
+from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs
 from surgery.graph.engine.local import Engine
 from surgery.graph.engine.work import Job, Made, Resources, Source, Unit, load_torch, tensor_keys, uses_torch
 from surgery.graph.evaluation import check_no_report
@@ -36,13 +36,14 @@ from surgery.graph.op import (
     load_attribute,
     resolved_params,
 )
-from surgery.graph.planned import roots
+from surgery.graph.planned import roots, source_of
 from surgery.graph.shards import Shard, index_json, plan_shards
 from surgery.store import cache, digests
-from surgery.store.checkpoint import Checkpoint, TensorRef, read_chunks
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.header import header_digest
 from surgery.store.layout import LINEAGE_FILE
 from surgery.store.record import read_record, undigested
+from surgery.store.tensors import TensorRef, read_chunks
 from surgery.store.writer import Workspace, check_target, raise_os
 
 Report = Callable[[str, Mapping[str, float]], None]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from surgery.errors import CheckpointError, UsageError
 from surgery.graph.op import Entry, Keep, Plan
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.header import DTYPE_BITS, read_header
 from surgery.store.layout import natural
+from surgery.store.tensors import TensorRef
 from surgery.store.writer import PlannedFile
 
 SHARD_SIZE = 5_000_000_000  # bytes of a new file where nothing else is asked for

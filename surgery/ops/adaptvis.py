@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from surgery.arch.carried import config_edits, indexes, json_bytes, keep_all, part_names
+from surgery.arch.carried import config_edits, indexes, keep_all, part_names
 from surgery.errors import CheckpointError, UsageError, closest
-from surgery.graph.op import Compute, Param, Plan, PlanContext, SideFile
+from surgery.graph.op import Compute, Param, Plan, PlanContext, SideFile, json_bytes
 from surgery.steering.carried import CODE_FILES, code_digest, code_files, readme, spec_line, text_sizes
 from surgery.steering.patch import CONFIDENCES, KEYS_OF, Patch, check_alpha, heads_text, layers_text
 from surgery.store import digests

@@ -12,8 +12,9 @@ from surgery.arch.carried import FLOATS, SHORT_FLOATS, config_edits, full_name, 
 from surgery.arch.patterns import matcher, nearest
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Param, Plan, PlanContext
-from surgery.store.checkpoint import Checkpoint, Part
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.header import nbytes_of
+from surgery.store.tensors import Part
 
 _LARGEST = {"F64": 1024, "F32": 128, "BF16": 128, "F16": 16}  # exponents: values below 2**n are finite
 _SMALL = ("F8", "F6", "F4")

@@ -11,15 +11,16 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from surgery.arch.carried import config_edits, json_bytes, kept, part_names, side_files
+from surgery.arch.carried import config_edits, kept, part_names, side_files
 from surgery.arch.layers import parse_layers
 from surgery.arch.moe.carrying import BASE_CONFIG, base_config, carried_files, coe_config, is_carried
 from surgery.arch.moe.chain import MODES, Chain, check_word, costs, describe_chain, parse_topk, share_out
 from surgery.arch.moe.families import COE, ExpertLayer, Experts, find_experts
 from surgery.arch.moe.noise import noise_of, noisy
 from surgery.errors import CheckpointError, UsageError
-from surgery.graph.op import Compute, Entry, Given, Keep, Param, Plan, PlanContext, SideFile
-from surgery.store.checkpoint import Checkpoint, Part
+from surgery.graph.op import Compute, Entry, Given, Keep, Param, Plan, PlanContext, SideFile, json_bytes
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.tensors import Part
 
 _ADDED = (".coe_gates.", ".coe_alpha", ".coe_beta")
 

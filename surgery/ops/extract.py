@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from surgery.arch.carried import config_edits, json_bytes, kept, output_base, side_files
+from surgery.arch.carried import config_edits, kept, output_base, side_files
 from surgery.errors import UsageError, closest, printable
-from surgery.graph.op import Compute, Entry, Param, PartNames, Plan, PlanContext, SideFile
-from surgery.store.checkpoint import Checkpoint, Part
+from surgery.graph.op import Compute, Entry, Param, PartNames, Plan, PlanContext, SideFile, json_bytes
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.tensors import Part
 
 # Words in a prefix, and the objects of a config that describe such a tower.
 _TOWERS: Mapping[str, tuple[str, ...]] = {

@@ -20,8 +20,9 @@ from surgery.arch.sources import Source, byte_ranges
 from surgery.data.identity import data_digest
 from surgery.errors import UsageError, closest
 from surgery.graph.op import Bytes, Compute, Entry, Keep, Param, PartNames, Plan, PlanContext, SideFile, Trained
-from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
+from surgery.store.tensors import Part, TensorRef
 
 _INITS = ("auto", "random", "copy", "distill")
 _CAPTURES = ("auto", "cache", "online")

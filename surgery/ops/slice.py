@@ -15,7 +15,8 @@ from surgery.arch.carried import config_edits, full_name, keep_all, kept, part_n
 from surgery.arch.layers import parse_sequence
 from surgery.errors import UsageError
 from surgery.graph.op import Compute, Entry, Param, Plan, PlanContext
-from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.tensors import Part, TensorRef
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, ClassVar
 
-from surgery.arch.carried import FLOATS, json_bytes, kept, part_names, side_files
+from surgery.arch.carried import FLOATS, kept, part_names, side_files
 from surgery.arch.moe import layouts
 from surgery.arch.moe.families import chain_family, family_of, find_experts
 from surgery.data.text import source_digest
 from surgery.errors import UsageError, closest
-from surgery.graph.op import Compute, Entry, Param, PartNames, Plan, PlanContext, SideFile, Trained
+from surgery.graph.op import Compute, Entry, Param, PartNames, Plan, PlanContext, SideFile, Trained, json_bytes
 from surgery.store.checkpoint import Checkpoint
 
 

@@ -4,55 +4,25 @@
 writes, and nothing knows what a model does.
 """
 
-import errno
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.store import digests
 from surgery.store.header import Header, nbytes_of, read_header
 from surgery.store.layout import LINEAGE_FILE, Layout, PartLayout, find_layout, read_json
 from surgery.store.record import read_record
+from surgery.store.tensors import Part, TensorRef, fill, is_hole, is_kept, opened, read_chunks, read_tensor, row_range
 from surgery.store.unhashed import Unhashed, look_at
 
 if TYPE_CHECKING:
     import torch
 
 _SMALL = 1 << 20  # bytes
-
-
-class TensorRef(NamedTuple):
-    """Where a tensor lives. `offset` is the file offset of its first byte, or -1 where there is no byte range: inside a
-    pickle, or quantised in a GGUF file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """A sub-model: its tensors (file order), its config and the names that decide where an output of it goes. `told` is
-    the digest of what a GGUF file says beside its tensors, "" elsewhere."""
-
-    name: str
-    base: str
-    tensors: dict[str, TensorRef]
-    config: Mapping[str, Any] | None
-    config_file: str | None
-    files: tuple[str, ...]
-    oddities: tuple[str, ...] = ()
-    index: str | None = None  # relative to the root
-    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +119,7 @@ class Checkpoint:
         if self.layout == "report" and self.lineage is not None:
             return str(self.lineage["digest"]).removeprefix("sha256:")
         known = self.tensor_digests
-        return content_digest((n, r.dtype, r.shape, known[n]) for n, r in self.tensors.items())
+        return digests.content_digest((n, r.dtype, r.shape, known[n]) for n, r in self.tensors.items())
 
     @property
     def digest_text(self) -> str:
@@ -160,8 +130,9 @@ class Checkpoint:
     def unhashed(self) -> Unhashed:
         """What is known of it without reading a tensor. Asked once: the answer holds where the work goes on in another
         process, too. Raises `CheckpointError`."""
+        hashed = self.__dict__.get("tensor_digests", {})
         try:
-            return look_at(self)
+            return look_at(self.parts, self.root, hashed=hashed, record=self.lineage, selected=self.selected)
         except OSError as err:
             raise CheckpointError(
                 "unreadable", f"{err.filename}: {err.strerror}", hint="it was there a moment ago"
@@ -195,7 +166,7 @@ class Checkpoint:
         """sha256 by name of all tensors of one file, which is opened once for the small ones: they may be many."""
         if all(ref.nbytes > _SMALL or ref.offset < 0 for ref in refs):
             return {ref.name: self.hash_tensor(ref) for ref in refs}
-        with _opened(refs[0]) as fd:
+        with opened(refs[0]) as fd:
             return {ref.name: self.hash_tensor(ref, fd=fd) for ref in refs}
 
     def hash_tensor(self, ref: TensorRef, *, fd: int | None = None) -> str:
@@ -203,9 +174,9 @@ class Checkpoint:
         the open file, if there is one."""
         if fd is not None and ref.nbytes <= _SMALL and ref.offset >= 0:
             buffer = memoryview(bytearray(ref.nbytes))
-            _fill(fd, buffer, ref.offset, ref)
+            fill(fd, buffer, ref.offset, ref)
             return hashlib.sha256(buffer).hexdigest()
-        if ref.offset >= 0 and _is_hole(ref):
+        if ref.offset >= 0 and is_hole(ref):
             return digests.zeros_digest(ref.nbytes)
         state = hashlib.sha256()
         for piece in self.chunks(ref):
@@ -233,7 +204,7 @@ class Checkpoint:
         """As `read`, for a ref of this checkpoint."""
         if ref.offset < 0:
             tensor = self._from_pickle(ref)
-            return (tensor if rows is None else tensor[_row_range(ref, rows)]).contiguous()
+            return (tensor if rows is None else tensor[row_range(ref, rows)]).contiguous()
         return read_tensor(ref, rows=rows)
 
     @property
@@ -257,17 +228,6 @@ class Checkpoint:
             "tensors": len(self.tensors),
             "bytes": sum(ref.nbytes for ref in refs),
         }
-
-
-def is_kept(file: str, refs: "Iterable[TensorRef]") -> bool:
-    """Whether the cache of digests may know a file's tensors. Which ones a pickle holds depends on the key that it was
-    opened with."""
-    return file.endswith(".gguf") or all(ref.offset >= 0 for ref in refs)
-
-
-def content_digest(rows: "Iterable[tuple[str, str, tuple[int, ...], str]]") -> str:
-    """sha256 over the sorted (name, dtype, shape, tensor sha256): equal content gives equal digests in any layout."""
-    return digests.canonical_digest(sorted(rows))  # names differ, so nothing after them is compared
 
 
 def open_checkpoint(
@@ -393,88 +353,7 @@ def _pickle_ref(name: str, tensor: "torch.Tensor", path: str) -> TensorRef:
     return TensorRef(name, dtype, tuple(tensor.shape), path, -1, nbytes_of(dtype, tuple(tensor.shape)))
 
 
-def read_chunks(ref: TensorRef, *, size: int = 4 << 20) -> "Iterator[memoryview]":
-    """The bytes of a byte-range tensor, in pieces of at most `size`; each is overwritten by the next."""
-    buffer = memoryview(bytearray(min(size, ref.nbytes)))
-    with _opened(ref) as fd:
-        os.posix_fadvise(fd, ref.offset, ref.nbytes, os.POSIX_FADV_SEQUENTIAL)
-        for position in range(0, ref.nbytes, size):
-            piece = buffer[: min(size, ref.nbytes - position)]
-            _fill(fd, piece, ref.offset + position, ref)
-            yield piece
-
-
 def _tensor_bytes(tensor: "torch.Tensor") -> Any:
     from surgery.store.dtypes import as_bytes
 
     return as_bytes(tensor)
-
-
-def read_tensor(ref: TensorRef, *, rows: slice | None = None) -> "torch.Tensor":
-    """Read a byte-range tensor (or `rows` of its first axis) into fresh memory with `preadv`."""
-    import torch
-
-    from surgery.store.dtypes import torch_dtype
-
-    shape, offset, count = ref.shape, ref.offset, ref.nbytes
-    if rows is not None:
-        chosen = _row_range(ref, rows)
-        if shape[0] and ref.nbytes % shape[0]:
-            raise UsageError("rows", f"rows of '{printable(ref.name)}' are not whole bytes", hint="read it whole")
-        per_row = ref.nbytes // shape[0] if shape[0] else 0
-        length = chosen.stop - chosen.start
-        shape, offset, count = (length, *shape[1:]), ref.offset + chosen.start * per_row, length * per_row
-    raw = torch.empty(count, dtype=torch.uint8)
-    if count:
-        with _opened(ref) as fd:
-            _fill(fd, memoryview(raw.numpy()), offset, ref)  # type: ignore[arg-type]
-    dtype = torch_dtype(ref.dtype)
-    return raw if dtype is None else raw.view(dtype).reshape(shape)
-
-
-def _row_range(ref: TensorRef, rows: slice) -> slice:
-    """`rows` with both ends filled in. Raises `UsageError` for a scalar or a step."""
-    if not ref.shape:
-        raise UsageError("rows", f"'{printable(ref.name)}' is a scalar and has no rows", hint="read it whole")
-    start, stop, step = rows.indices(ref.shape[0])
-    if step != 1:
-        raise UsageError("rows", f"rows of '{printable(ref.name)}' must be contiguous", hint="use a slice of step 1")
-    return slice(start, max(start, stop))
-
-
-@contextmanager
-def _opened(ref: TensorRef) -> Iterator[int]:
-    """A descriptor of the tensor's file."""
-    try:
-        fd = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as err:
-        raise CheckpointError("unreadable", f"{ref.file}: {err.strerror}", hint="it was there a moment ago") from None
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _is_hole(ref: TensorRef) -> bool:
-    """Whether no byte of a large tensor was ever written; they all read as zero then."""
-    if ref.nbytes < 1 << 16:
-        return False
-    with _opened(ref) as fd:
-        try:
-            return os.lseek(fd, ref.offset, os.SEEK_DATA) >= ref.offset + ref.nbytes
-        except OSError as err:  # ENXIO: no data up to the end of the file, which may also end before the tensor does
-            return err.errno == errno.ENXIO and os.fstat(fd).st_size >= ref.offset + ref.nbytes
-
-
-def _fill(fd: int, view: memoryview, offset: int, ref: TensorRef) -> None:
-    """Read exactly `view` from `offset`."""
-    while len(view):
-        try:
-            count = os.preadv(fd, [view], offset)
-        except OSError as err:
-            raise CheckpointError("unreadable", f"{ref.file}: {err.strerror}", hint="check the disk") from None
-        if count == 0:
-            raise CheckpointError(
-                "truncated", f"{ref.file}: ends inside '{printable(ref.name)}'", hint="fetch it again"
-            )
-        view, offset = view[count:], offset + count

@@ -1,4 +1,4 @@
-"""Digests of JSON values, and a cache of tensor digests by file identity (device, inode, size, mtime).
+"""Digests of JSON values and of content, and a cache of tensor digests by file identity (device, inode, size, mtime).
 
 The cache only saves hashing again; without a usable cache folder everything works, more slowly. `surgery verify` never
 asks it.
@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,11 @@ def canonical(value: Any) -> bytes:
 def canonical_digest(value: Any) -> str:
     """sha256 (hex) of a JSON value in canonical form."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def content_digest(rows: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """sha256 over the sorted (name, dtype, shape, tensor sha256): equal content gives equal digests in any layout."""
+    return canonical_digest(sorted(rows))  # names differ, so nothing after them is compared
 
 
 def file_digest(path: Path) -> str:

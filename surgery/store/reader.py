@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from surgery.errors import CheckpointError
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.tensors import TensorRef
 
 
 class Reader(Protocol):

@@ -8,14 +8,12 @@ which files these are: two finetunes of one model have equal headers, so only th
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery.store import digests
 from surgery.store.header import header_digest
 from surgery.store.layout import LINEAGE_FILE
-
-if TYPE_CHECKING:
-    from surgery.store.checkpoint import Checkpoint, Part, TensorRef
+from surgery.store.tensors import Part, TensorRef, is_kept
 
 
 @dataclass(frozen=True)
@@ -46,27 +44,36 @@ class Unhashed:
         return {"digest": f"sha256:{self.digest}"} | ({"digested_by": "its own record"} if self.claimed else {})
 
 
-def look_at(checkpoint: "Checkpoint") -> Unhashed:
-    """What is known of `checkpoint` from headers, the cache of digests and its record. Raises `CheckpointError` where
-    the record is damaged, OSError where a file went away."""
-    from surgery.store.checkpoint import content_digest, is_kept
+def look_at(
+    parts: Mapping[str, Part],
+    root: Path,
+    *,
+    hashed: Mapping[str, str],
+    record: Mapping[str, Any] | None,
+    selected: str | None,
+) -> Unhashed:
+    """What is known of the checkpoint at `root` from headers, the cache of digests and its `record`.
 
+    `hashed` are sha256 by full name that this process made already, whatever the cache kept; `selected` is the name of
+    a pipeline's part that was opened alone. Raises OSError where a file went away.
+    """
     known: dict[str, str] = {}
     claimed: dict[str, str] = {}
     files: list[dict[str, Any]] = []
     places: list[Any] = []
-    hashed = checkpoint.__dict__.get("tensor_digests", {})  # made in this process already, whatever the cache kept
-    for part in checkpoint.parts.values():
+    tensors: dict[str, TensorRef] = {}
+    for part in parts.values():
         prefix = f"{part.name}/" if part.name else ""
+        tensors |= {prefix + name: ref for name, ref in part.tensors.items()}
         refs: dict[str, list[TensorRef]] = {file: [] for file in part.files}
         for ref in part.tensors.values():
             refs[ref.file].append(ref)
         for file, inside in refs.items():
-            row = _file_row(checkpoint, file, inside)
+            row = _file_row(root, file, inside)
             files.append(row)
             places.append([row, digests.identity(file)])
             cached = (digests.lookup(file) if is_kept(file, inside) else None) or {}
-            told = _recorded(checkpoint, part, file, row, inside)
+            told = _recorded(record, root, selected, prefix, row, inside) if record is not None else {}
             for ref in inside:
                 name = prefix + ref.name
                 if sha := hashed.get(name) or cached.get(ref.name):
@@ -75,36 +82,36 @@ def look_at(checkpoint: "Checkpoint") -> Unhashed:
                     claimed[name] = sha
     everything = {**known, **claimed}
     digest = None
-    if len(everything) == len(checkpoint.tensors):
-        digest = content_digest((n, r.dtype, r.shape, everything[n]) for n, r in checkpoint.tensors.items())
+    if len(everything) == len(tensors):
+        digest = digests.content_digest((n, r.dtype, r.shape, everything[n]) for n, r in tensors.items())
     return Unhashed(known, claimed, tuple(files), digests.canonical_digest(places), digest)
 
 
-def _file_row(checkpoint: "Checkpoint", file: str, refs: "list[TensorRef]") -> dict[str, Any]:
+def _file_row(root: Path, file: str, refs: list[TensorRef]) -> dict[str, Any]:
     """A weight file as records spell it; of a file of another format, what stands for its header is names, dtypes and
     shapes."""
     path = Path(file)
     described = [[r.name, r.dtype, r.shape] for r in refs]
     header = header_digest(path) if file.endswith(".safetensors") else digests.canonical_digest(described)
-    return {"path": path.relative_to(checkpoint.root).as_posix(), "size": path.stat().st_size, "header": header}
+    return {"path": path.relative_to(root).as_posix(), "size": path.stat().st_size, "header": header}
 
 
 def _recorded(
-    checkpoint: "Checkpoint", part: "Part", file: str, row: Mapping[str, Any], refs: "list[TensorRef]"
+    record: Mapping[str, Any],
+    root: Path,
+    selected: str | None,
+    prefix: str,
+    row: Mapping[str, Any],
+    refs: list[TensorRef],
 ) -> dict[str, str]:
     """sha256 by full name that the record has of a file's tensors, if the file can be the one that it speaks of: the
     same size and header, and not written to since the record was."""
-    record = checkpoint.lineage
-    if record is None:
-        return {}
-    root = checkpoint.root
-    inside = bool(checkpoint.selected) and (root.parent / LINEAGE_FILE).is_file()  # the pipeline's record
-    folder, lead = (root.parent, f"{checkpoint.selected}/") if inside else (root, "")
+    inside = bool(selected) and (root.parent / LINEAGE_FILE).is_file()  # the pipeline's record
+    folder, lead = (root.parent, f"{selected}/") if inside else (root, "")
     listed = {r["path"]: r for r in record["output"]["files"]}.get(lead + row["path"], {})
     same = (listed.get("size"), listed.get("header")) == (row["size"], row["header"])
-    if not same or Path(file).stat().st_mtime_ns > (folder / LINEAGE_FILE).stat().st_mtime_ns:
+    if not same or (root / row["path"]).stat().st_mtime_ns > (folder / LINEAGE_FILE).stat().st_mtime_ns:
         return {}
-    prefix = f"{part.name}/" if part.name else ""
     found = {}
     for ref in refs:
         told = record["tensors"].get(lead + prefix + ref.name, {})

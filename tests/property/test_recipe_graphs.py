@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.graph.recipes.recipe import read_recipe
+from surgery.graph.recipes.recipe_file import read_recipe
 from surgery.graph.recipes.schedule import run_recipe
 from surgery.graph.run import RunOptions
 from surgery.ops.table import load_op

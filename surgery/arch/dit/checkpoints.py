@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.arch.dit.config import tensor_shapes
 from surgery.errors import CheckpointError, UsageError, printable
-from surgery.store.checkpoint import Checkpoint, Part
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
+from surgery.store.tensors import Part
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.arch.carried import json_bytes
 from surgery.arch.moe.families import chain_family
 from surgery.errors import CheckpointError, ResourceError, UsageError, closest, printable
+from surgery.graph.op import json_bytes
 from surgery.store.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from surgery.arch.language.towers import TowerMap
 from surgery.arch.language.vocabulary import first_tokens
 from surgery.errors import CheckpointError, printable
 from surgery.graph.planned import Planned
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.reader import open_reader
+from surgery.store.tensors import TensorRef
 
 # What must agree: another value means other functions of the same tensors.
 _MUST = (

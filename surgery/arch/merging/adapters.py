@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import CheckpointError, printable
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
 from surgery.store.reader import Reader
+from surgery.store.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch

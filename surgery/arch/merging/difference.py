@@ -20,8 +20,9 @@ from surgery.arch.merging.formulas import Formula, elements
 from surgery.arch.merging.measure import Sums, by_formula, measure_tensor, ratio
 from surgery.arch.merging.selection import NORMS, groups_of, layer_of
 from surgery.errors import CheckpointError, printable
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.reader import open_reader
+from surgery.store.tensors import TensorRef
 
 SHARE = 0.9  # of the host, in the merge whose transfer is predicted
 

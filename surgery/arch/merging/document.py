@@ -28,9 +28,10 @@ from surgery.arch.merging.vocabularies import Vocabulary, merged_vocabulary
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
 from surgery.graph.planned import Planned
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.header import nbytes_of
 from surgery.store.reader import open_reader
+from surgery.store.tensors import TensorRef
 
 # The methods that are made in pieces, with their parameters.
 _STREAMED = {"linear": ("weight", "normalize"), "slerp": ("t",), "passthrough": ("scale",)}

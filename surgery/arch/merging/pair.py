@@ -25,8 +25,9 @@ from surgery.arch.merging.selection import check_layers, layer_of, select
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile
 from surgery.graph.planned import Planned
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
 from surgery.store.digests import canonical_digest
+from surgery.store.tensors import TensorRef
 
 _STORED = ("BF16", "F16", "F32", "F64")
 

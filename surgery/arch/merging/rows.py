@@ -16,7 +16,8 @@ from surgery.arch.language.towers import EMBED, HEAD, Tower, shapes_of, towers
 from surgery.arch.merging.settings import Document, Slice, Source
 from surgery.errors import CheckpointError, UsageError, printable
 from surgery.graph.op import Keep
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.checkpoint import Checkpoint
+from surgery.store.tensors import TensorRef
 
 Key = tuple[int, int | None]
 Layer = Mapping[str, str]

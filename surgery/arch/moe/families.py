@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import CheckpointError, UsageError, printable
-from surgery.store.checkpoint import TensorRef
+from surgery.store.tensors import TensorRef
 
 COE = "coe_"  # start of a converted model's model_type, of its config keys and of the tensors it adds
 

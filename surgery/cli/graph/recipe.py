@@ -78,7 +78,7 @@ def run(
 
       surgery run recipes/deeper_digits.yaml --set deeper.layers=0-4,1-5 -o out/deeper --dry-run
     """
-    from surgery.graph.recipes.recipe import read_recipe
+    from surgery.graph.recipes.recipe_file import read_recipe
 
     output.Talk.quiet, output.Talk.verbose = quiet, verbose
     options = _options(
@@ -181,7 +181,7 @@ def plan(
 
       surgery plan recipes/dit_digits.yaml --svg graph.svg
     """
-    from surgery.graph.recipes.recipe import read_recipe
+    from surgery.graph.recipes.recipe_file import read_recipe
 
     output.Talk.quiet = quiet
     options = _options(device, threads, workers, max_memory, overwrite, offline, hash_=hash_)

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from surgery.graph.engine.work import Copy, Job, Joined, Made, Source, Unit, is_range, join, peak_of, place_of
-from surgery.graph.op import Bytes, Compute, Entry, Given, Keep, Op, Trained
-from surgery.graph.planned import Planned
+from surgery.graph.engine.work import Copy, Job, Joined, Made, Source, Unit, is_range, peak_of, place_of
+from surgery.graph.op import Entry
 from surgery.graph.shards import Shard
-from surgery.store.checkpoint import Checkpoint, TensorRef
+from surgery.store.tensors import TensorRef
 from surgery.store.writer import PlannedFile
 
 _BATCH = 256 << 20  # bytes that one job moves, so that a killed run loses little
@@ -25,38 +24,6 @@ class Jobs:
     jobs: tuple[Job, ...]
     owners: Mapping[int, tuple[Owner, ...]]
     trained: tuple[Owner, ...]
-
-
-def source_of(entry: Entry, op: Op, parents: Sequence[Checkpoint], seed: int) -> Source | None:
-    """Where the bytes of an entry come from, looked up through parents that were never written; None for what is
-    in memory already: a trainer's results, and what the plan gives."""
-    if isinstance(entry, Keep):
-        return _origin(parents[entry.parent], entry.ref)
-    if isinstance(entry, Bytes):
-        pieces = ((_origin(parents[entry.parent], ref), start, stop) for ref, start, stop in entry.pieces)
-        return join(entry.dtype, entry.shape, entry.nbytes, tuple(pieces))
-    if isinstance(entry, Compute):
-        return Made(op, entry, tuple(_origin(parents[at], ref) for at, ref in entry.inputs), seed)
-    assert isinstance(entry, Trained | Given)
-    return None
-
-
-def sources_of(entries: Iterable[Entry], op: Op, parents: Sequence[Checkpoint], seed: int) -> list[Source | None]:
-    """`source_of` each entry; quick, for plans that keep a hundred thousand tensors."""
-    planned = [p.sources if isinstance(p, Planned) and not p.written else None for p in parents]
-    found: list[Source | None] = []
-    for entry in entries:
-        if type(entry) is Keep:
-            table, ref = planned[entry.parent], entry.ref
-            found.append(ref if table is None else table[ref.file][ref.name])
-        else:
-            found.append(source_of(entry, op, parents, seed))
-    return found
-
-
-def _origin(parent: Checkpoint, ref: TensorRef) -> Source:
-    fused = isinstance(parent, Planned) and not parent.written
-    return parent.sources[ref.file][ref.name] if fused else ref  # type: ignore[attr-defined]
 
 
 def plan_jobs(

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import CheckpointError, ResourceError, SurgeryError, printable
 from surgery.graph.op import Compute, Op
-from surgery.store.checkpoint import TensorRef, read_chunks, read_tensor
 from surgery.store.digests import canonical_digest
 from surgery.store.ranges import copy_range, start_writing, write_at
 from surgery.store.reader import MemoryReader, Reader, open_range
+from surgery.store.tensors import TensorRef, read_chunks, read_tensor
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.graph.engine.budget import memory_budget
-from surgery.graph.engine.jobs import sources_of
 from surgery.graph.engine.work import Made, Source, is_range, leaves, peak_of
 from surgery.graph.op import Entry, Keep, Trained
+from surgery.graph.planned import sources_of
 from surgery.graph.recipes.nodes import Node
 from surgery.store import cache
 from surgery.store.digests import cache_folder

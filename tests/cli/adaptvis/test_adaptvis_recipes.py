@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from surgery.graph.op import PlanContext
-from surgery.graph.recipes.recipe import build_steps, read_recipe
+from surgery.graph.recipes.recipe import build_steps
+from surgery.graph.recipes.recipe_file import read_recipe
 from surgery.ops.table import load_op
 from surgery.store.names import open_named
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_language import save_relative
 
-from surgery.graph.recipes.recipe import read_recipe
+from surgery.graph.recipes.recipe_file import read_recipe
 from surgery.ops.table import OPS
 
 Run = Callable[..., Any]

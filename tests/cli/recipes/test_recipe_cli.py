@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from surgery.graph.recipes.recipe import build_steps, read_recipe
+from surgery.graph.recipes.recipe import build_steps
+from surgery.graph.recipes.recipe_file import read_recipe
 from surgery.steps import load_step
 from surgery.store.checkpoint import open_checkpoint
 

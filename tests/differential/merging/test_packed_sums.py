@@ -10,8 +10,8 @@ import torch
 from surgery.arch.merging import arithmetic, formulas
 from surgery.arch.merging.formulas import Formula, merger, stream
 from surgery.errors import CheckpointError
-from surgery.store.checkpoint import TensorRef
 from surgery.store.reader import MemoryReader, open_range
+from surgery.store.tensors import TensorRef
 
 
 def reader(values: np.ndarray) -> MemoryReader:

@@ -10,7 +10,7 @@ import pytest
 from surgery.graph.engine.cluster import Cluster
 from surgery.graph.engine.local import Finished, run_jobs
 from surgery.graph.engine.work import Job, Resources
-from surgery.graph.recipes.recipe import read_recipe
+from surgery.graph.recipes.recipe_file import read_recipe
 from surgery.graph.recipes.schedule import run_recipe
 from surgery.graph.run import RunOptions
 from surgery.ops.table import load_op

@@ -16,8 +16,9 @@ from surgery.graph.engine.work import Joined, Made, Resources, Unit, chunk_rows,
 from surgery.graph.op import Compute
 from surgery.graph.run import RunOptions, run_op
 from surgery.ops.cast import Cast
-from surgery.store.checkpoint import TensorRef, open_checkpoint
+from surgery.store.checkpoint import open_checkpoint
 from surgery.store.ranges import copy_range
+from surgery.store.tensors import TensorRef
 
 
 def unit(name: str, peak: int) -> Unit:

@@ -7,7 +7,8 @@ import pytest
 
 from surgery.errors import UsageError
 from surgery.graph.recipes.mergekit_file import parse_mergekit
-from surgery.graph.recipes.recipe import Recipe, read_recipe
+from surgery.graph.recipes.recipe import Recipe
+from surgery.graph.recipes.recipe_file import read_recipe
 
 
 def parse(text: str) -> Recipe:

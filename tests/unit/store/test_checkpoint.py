@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from surgery.errors import CheckpointError, UsageError
 from surgery.store import digests
-from surgery.store.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from surgery.store.checkpoint import Checkpoint, open_checkpoint
+from surgery.store.tensors import TensorRef
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

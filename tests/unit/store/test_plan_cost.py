@@ -7,9 +7,9 @@ import pytest
 from surgery.arch.patterns import parse_rule
 from surgery.graph.op import Keep, PartNames, Plan
 from surgery.graph.shards import plan_shards
-from surgery.store.checkpoint import TensorRef
 from surgery.store.header import parse_header, plan_header
 from surgery.store.layout import natural
+from surgery.store.tensors import TensorRef
 
 NAMES = ["a", 'quote"d', "back\\slash", "tab\t", "é.漢", "layers.2.w", "layers.10.w", "\x7f", "\u2028"]
 
