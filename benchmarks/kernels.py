@@ -15,7 +15,8 @@ import torch
 from measure import finish, row
 from surgery.kernels import moe
 from surgery.kernels.moe.chain import Chain, Router
-from surgery.kernels.moe.experts import Experts, choose
+from surgery.kernels.moe.experts import Experts
+from surgery.kernels.moe.routed import choose
 
 from surgery.evals.kernels import Report, Shape, measure
 

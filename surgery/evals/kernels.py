@@ -13,7 +13,10 @@ import torch
 
 from surgery.kernels import moe
 from surgery.kernels.moe.chain import Chain, Router, Workspace
-from surgery.kernels.moe.experts import Experts, compute, interpreting, why_not
+from surgery.kernels.moe.experts import Experts
+from surgery.kernels.moe.launch import interpreting
+from surgery.kernels.moe.routed import BACKENDS as OURS
+from surgery.kernels.moe.routed import compute, why_not
 
 BACKENDS = ("loop", "grouped_mm", "batched_mm", "triton", "sonicmoe", "liger")
 ASSIGNMENTS = ("balanced", "zipf", "router")
@@ -125,7 +128,7 @@ def measure(
     found.not_run += [{"backend": name, "why": why} for name, why in refused.items() if why]
     able = [name for name in backends if not refused[name]]
     directions = ("forward", "backward") if backward else ("forward",)
-    layers = [name for name in able if name in moe.experts.BACKENDS] if shape.iterations > 1 else []
+    layers = [name for name in able if name in OURS] if shape.iterations > 1 else []
     work: list[tuple[str, str, str, str]] = [
         (name, "experts", assignment, d) for assignment in assignments for name in able for d in directions
     ]
@@ -140,7 +143,7 @@ def measure(
             found.rows.append(_row(name, what, assignment, direction, call, shape, clock, bound, roof, data))
         except Exception as err:
             # Others' code fails in ways of its own; ours may run out of memory or refuse, and nothing else.
-            if name in moe.experts.BACKENDS and not isinstance(err, RuntimeError | ValueError | MemoryError):
+            if name in OURS and not isinstance(err, RuntimeError | ValueError | MemoryError):
                 raise
             why = " ".join(str(err).split())[:200] or type(err).__name__
             found.not_run.append({"backend": name, "why": f"{what}, {assignment}, {direction}: {why}"})
@@ -369,7 +372,7 @@ def _refusal(name: str, data: _Data) -> str:
     """Why a backend cannot be timed here; empty when it can."""
     if name == "triton" and interpreting():
         return "TRITON_INTERPRET is set; how long the interpreter takes says nothing"
-    if name in moe.experts.BACKENDS:
+    if name in OURS:
         return why_not(name, data.x, data.experts)
     cuda = data.device.startswith("cuda")
     if name == "batched_mm":

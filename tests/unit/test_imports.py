@@ -5,14 +5,16 @@ models, and is used by operations, measures and commands alike.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "surgery"
+KERNELS = ROOT.parent / "kernels" / "src"  # imported as surgery.kernels
 
 # From the bottom up: a module may import what stands before it in this order, and its own layer.
 ORDER = (
@@ -36,11 +38,13 @@ HEAVY = {
 
 @dataclass(frozen=True)
 class Import:
-    """One import: where it stands, what it names, and whether it runs when the module is loaded."""
+    """One import: where it stands, what it names, whether it runs when the module is loaded, and whether it never runs
+    because only a type checker sees it."""
 
     where: str
     target: str
     at_top: bool
+    for_types: bool
 
 
 def layer(module: str) -> str:
@@ -49,7 +53,10 @@ def layer(module: str) -> str:
 
 
 def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    if path.is_relative_to(KERNELS):
+        parts = ("surgery", "kernels", *path.relative_to(KERNELS).with_suffix("").parts)
+    else:
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -57,27 +64,31 @@ def only_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-@cache
-def imports(path: Path) -> tuple[Import, ...]:
-    """Every import of a file, those inside functions too, without those that only a type checker sees."""
+def every_import(path: Path, module: str) -> Iterator[Import]:
+    """Every import of a file that is loaded as `module`."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
 
-    def visit(node: ast.AST, at_top: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, at_top: bool, for_types: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
-            if only_for_types(child):
-                continue
+            typed = for_types or only_for_types(child)
             inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            place = f"{path.relative_to(ROOT.parent)}:{getattr(child, 'lineno', 0)}"
+            place = f"{module}:{getattr(child, 'lineno', 0)}"
             if isinstance(child, ast.Import):
-                yield from (Import(place, alias.name, at_top) for alias in child.names)
+                yield from (Import(place, alias.name, at_top, typed) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
                 base = ".".join(package.split(".")[: len(package.split(".")) - child.level + 1]) if child.level else ""
                 target = ".".join(filter(None, (base, child.module)))
                 # `from surgery import x` may name a module.
-                yield from (Import(place, f"{target}.{alias.name}", at_top) for alias in child.names)
-            yield from visit(child, at_top and not inside)
+                yield from (Import(place, f"{target}.{alias.name}", at_top, typed) for alias in child.names)
+            yield from visit(child, at_top and not inside, typed)
 
-    return tuple(visit(ast.parse(path.read_text()), True))
+    yield from visit(ast.parse(path.read_text()), True, False)
+
+
+@cache
+def imports(path: Path) -> tuple[Import, ...]:
+    """Every import of a file, those inside functions too, without those that only a type checker sees."""
+    return tuple(i for i in every_import(path, module_of(path)) if not i.for_types)
 
 
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -141,3 +152,33 @@ def test_every_module_says_what_it_is() -> None:
         module_of(p) for p in MODULES if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
     ]
     assert silent == []
+
+
+def check_no_circle(sources: Mapping[str, Path]) -> None:
+    """Raises CycleError where modules import one another in a circle, also inside functions or for types alone: a file
+    that cannot be read without the other is half of one file. The package itself counts for nothing: its version is all
+    that is taken from it."""
+    needed = {}
+    for module, path in sources.items():
+        targets = {i.target for i in every_import(path, module)}
+        named = {t if t in sources else t.rpartition(".")[0] for t in targets}
+        needed[module] = {t for t in named if t in sources and "." in t} - {module}
+    TopologicalSorter(needed).prepare()
+
+
+def test_no_modules_import_one_another() -> None:
+    check_no_circle({module_of(p): p for p in (*MODULES, *KERNELS.rglob("*.py"))})
+
+
+@pytest.mark.parametrize(
+    "closing", ["from pkg import a", "def f():\n    from . import a", "if TYPE_CHECKING:\n    import pkg.a"]
+)
+def test_a_circle_is_seen(closing: str, tmp_path: Path) -> None:
+    texts = {"__init__": "", "a": "from .b import x", "b": "from pkg.c import x", "c": "x = 1"}
+    sources = {"pkg" if n == "__init__" else f"pkg.{n}": tmp_path / f"{n}.py" for n in texts}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    check_no_circle(sources)
+    (tmp_path / "c.py").write_text(closing)
+    with pytest.raises(CycleError, match="pkg.a"):
+        check_no_circle(sources)

@@ -6,9 +6,12 @@ when a kernel is launched.
 """
 
 from .adapter import experts_forward, register
-from .chain import Chain, Experts, Router, Workspace, coe_layer
-from .experts import backends, routed_experts
-from .plan import Plan, build_plan
+from .chain import Chain, Router, Workspace
+from .experts import Experts
+from .layer import coe_layer
+from .plan import Plan
+from .plan_kernels import build_plan
+from .routed import backends, routed_experts
 from .routing import route
 
 __all__ = [

@@ -8,7 +8,8 @@ from functools import cache
 
 import torch
 
-from .experts import Experts, routed_experts, why_not
+from .experts import Experts
+from .routed import routed_experts, why_not
 
 NAME = "surgery_triton"
 _warned: set[str] = set()

@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 
 from . import launch
-from .chain import FUSED_CHOICES, FUSED_EXPERTS, Chain, Router, Workspace, add_used, next_choice, with_shared
+from .chain import Chain, Router, Workspace, add_used, next_choice, with_shared
 from .experts import Experts
-from .function import DECODE_PAIRS, Ledger, _Step, _Tap, expert_rows, ready
+from .function import DECODE_PAIRS, ChainStep, Ledger, Tap, expert_rows, ready
 from .launch import RouterStep, Step
 from .routing import SCORINGS
+
+FUSED_EXPERTS, FUSED_CHOICES = 256, 16  # what the kernel that combines and routes holds in registers
 
 Shared = Callable[[torch.Tensor], torch.Tensor]
 
@@ -22,7 +24,7 @@ def train(
     """Each iteration is one autograd step; torch differentiates routers, shared function and gates around it."""
     z, acc, used = n.to(experts.gate_up_proj.dtype).contiguous(), None, None
     ledger = Ledger(experts)
-    tapped = _Tap.apply(ledger, *experts.tensors())
+    tapped = Tap.apply(ledger, *experts.tensors())
     for t, router in enumerate(routers):
         weights, index, used = next_choice(router.logits(z), router, cfg, t, used)
         index, weights = with_shared(index, weights, experts, cfg.shared(t))
@@ -31,7 +33,7 @@ def train(
         if shared is not None and cfg.shared(t):
             base = (cfg.shared(t) * shared(z)).to(z.dtype).contiguous()
         alpha = alphas[t] if t + 1 < len(routers) else None
-        z, acc = _Step.apply(z, acc, weights, base, alpha, betas[t], index, experts, ledger, t, cfg.rho, *tapped)
+        z, acc = ChainStep.apply(z, acc, weights, base, alpha, betas[t], index, experts, ledger, t, cfg.rho, *tapped)
     if cfg.kappa:
         acc = acc + cfg.kappa * n.float()
     return acc.to(n.dtype)

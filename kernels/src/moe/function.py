@@ -14,7 +14,8 @@ import torch
 from . import launch
 from .experts import Experts
 from .launch import Step
-from .plan import Plan, kernel_plan
+from .plan import Plan
+from .plan_kernels import kernel_plan
 from .tiles import Tiles
 
 DECODE_PAIRS = 64  # up to so many pairs, reading the weights is all the time there is
@@ -237,7 +238,7 @@ def triton_experts(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Ten
     return m.to(hidden.dtype)
 
 
-class _Step(torch.autograd.Function):
+class ChainStep(torch.autograd.Function):
     """One iteration of a chain: (z, acc) -> (z', acc'), with its own part of the weight gradients left in the ledger.
 
     z' = rho z + alpha m, acc' = acc + beta m, m = routed(z) + sigma * shared; z' is None in the last iteration.
@@ -295,7 +296,7 @@ class _Step(torch.autograd.Function):
         )
 
 
-class _Tap(torch.autograd.Function):
+class Tap(torch.autograd.Function):
     """The weights on their way into a chain. All iterations depend on it, so its backward runs after theirs."""
 
     @staticmethod

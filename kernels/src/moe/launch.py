@@ -1,5 +1,6 @@
 """From tensors to kernel launches: strides, grids, tiles. Nothing here waits for the device or reads from it."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .experts import Experts, interpreting
+from .experts import Experts
 from .plan import Plan
 from .tiles import Tiles, architecture, tiles
 
@@ -44,7 +45,8 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         _recording = before
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Launch a kernel on the device of its tensors, or write the launch down; an empty grid launches nothing."""
     if 0 in grid:
         return
     meta["enable_fp_fusion"] = True  # said, because triton 3.10 changes what is meant by nothing
@@ -54,6 +56,11 @@ def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     first = next(a for a in args if isinstance(a, torch.Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[grid](*args, **meta)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU. Triton decides when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def tiles_for(weight: torch.Tensor, pairs: int, num_experts: int) -> Tiles:
@@ -73,11 +80,13 @@ def _numeric(dtype: torch.dtype) -> dict[str, Any]:
     return {"PRECISION": "tf32" if fast else "ieee", "UPCAST": interpreting() and _recording is None}
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
-def _power(n: int, least: int = 16) -> int:
+def power_of_two(n: int, least: int = 16) -> int:
+    """The first power of two that is no less than `n` and `least`: what a block of a kernel can be."""
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
@@ -113,31 +122,6 @@ def _up_bias(experts: Experts) -> tuple[int, int, int]:
     return (bias.stride(0), step, experts.width * step) if experts.is_concatenated else (bias.stride(0), 2 * step, step)
 
 
-def triton_plan(
-    plan: Plan, ids: torch.Tensor, token_of_pair: torch.Tensor | None, counts: torch.Tensor | None, *,
-    top_k: int, pairs_per_block: int,
-) -> None:  # fmt: skip
-    """Fill `plan` from flat ids."""
-    from .device.plan import count_pairs, scan_counts, scatter_pairs
-
-    pairs, number = ids.numel(), plan.num_experts
-    blocks = _ceil(pairs, pairs_per_block)
-    size = {"BP": _power(pairs_per_block), "BE": _power(number)}
-    if counts is None:
-        counts = torch.empty(blocks, number, dtype=torch.int32, device=ids.device)
-        _run(count_pairs, (blocks,), ids, counts, pairs, number, PAIRS=pairs_per_block, **size, num_warps=4)
-    before = torch.empty_like(counts)
-    totals = torch.empty(number, dtype=torch.int32, device=ids.device)
-    _run(scan_counts, (number,), counts, before, totals, blocks, number, BB=_power(min(blocks, 1024)), num_warps=4)
-    _run(
-        scatter_pairs, (blocks + number + 1,),
-        ids, ids if token_of_pair is None else token_of_pair, before, totals,
-        plan.token_of_row, plan.pair_of_row, plan.row_of_pair, plan.expert_start, plan.tile_expert, plan.tile_row,
-        plan.num_tiles, pairs, number, blocks, plan.tile_expert.numel(),
-        TOP_K=top_k, PAIRS=pairs_per_block, **size, BM=plan.block_m, BT=128, num_warps=4,
-    )  # fmt: skip
-
-
 def up(
     x: torch.Tensor, experts: Experts, plan: Plan, act: torch.Tensor, pre: torch.Tensor | None, chosen: Tiles
 ) -> None:
@@ -148,8 +132,8 @@ def up(
     # Columns that alternate are read one by one, and their addresses take registers that a larger tile needs.
     config = chosen.of("up_swiglu" if experts.is_concatenated else "up_swiglu_interleaved")
     s = up_strides(w, experts)
-    grid = plan.tile_expert.numel() * _ceil(experts.width, config["BN"])
-    _run(
+    grid = plan.tile_expert.numel() * ceil_div(experts.width, config["BN"])
+    run(
         up_swiglu, (grid,),
         x, w, w if bias is None else bias, act, act if pre is None else pre,
         plan.token_of_row, plan.expert_start, plan.tile_expert, plan.tile_row,
@@ -183,8 +167,8 @@ def _rows(a, w, bias, out, plan, width_in, strides, second, by_bias, chosen: Til
 
     two = second != (0, 0)
     config = chosen.of("rows_times_expert_two" if two else "rows_times_expert")
-    grid = plan.tile_expert.numel() * _ceil(out.shape[1], config["BN"])
-    _run(
+    grid = plan.tile_expert.numel() * ceil_div(out.shape[1], config["BN"])
+    run(
         rows_times_expert, (grid,),
         a, w, w if bias is None else bias, out, plan.expert_start, plan.tile_expert, plan.tile_row,
         width_in, out.shape[1], a.stride(0), *strides, *second, *by_bias,
@@ -201,8 +185,8 @@ def decode(
 
     w, bias, config = experts.gate_up_proj, experts.gate_up_bias, chosen.of("decode_up")
     s = up_strides(w, experts)
-    _run(
-        decode_up, (index.numel(), _ceil(experts.width, config["BN"])),
+    run(
+        decode_up, (index.numel(), ceil_div(experts.width, config["BN"])),
         x, w, w if bias is None else bias, act, index,
         experts.hidden, experts.width, experts.num_experts, x.stride(0), s.expert, s.out, s.inner, s.partner,
         *_up_bias(experts), experts.slope, experts.limit,
@@ -210,8 +194,8 @@ def decode(
     )  # fmt: skip
     w, bias, config = experts.down_proj, experts.down_bias, chosen.of("decode_down")
     s = down_strides(w, experts)
-    _run(
-        decode_down, (index.numel(), _ceil(experts.hidden, config["BN"])),
+    run(
+        decode_down, (index.numel(), ceil_div(experts.hidden, config["BN"])),
         act, w, w if bias is None else bias, y, index,
         experts.width, experts.hidden, experts.num_experts, act.stride(0), s.expert, s.out, s.inner,
         *((0, 0) if bias is None else bias.stride()), HAS_BIAS=bias is not None, **config,
@@ -249,8 +233,8 @@ def combine(
     def there(t: torch.Tensor | None) -> torch.Tensor:
         return y if t is None else t
 
-    _run(
-        kernel, (_ceil(tokens, config["BT"]), _ceil(width, config["BH"])),
+    run(
+        kernel, (ceil_div(tokens, config["BT"]), ceil_div(width, config["BH"])),
         y, rows, there(weights), there(step.shared), there(step.z), there(step.alpha), there(step.beta),
         there(step.m), there(step.z_out), there(step.acc), there(step.acc_out),
         tokens, width, experts_if_pairs, step.rho, step.sigma, there(step.z).stride(0), there(step.shared).stride(0),
@@ -285,13 +269,13 @@ def combine_route(
 
     config = chosen.of("combine_route")
     number, device, r = router.weight.shape[0], y.device, router
-    blocks = _ceil(tokens, config["BT"])
+    blocks = ceil_div(tokens, config["BT"])
     ids = torch.empty(tokens, r.keep_k, dtype=torch.int32, device=device)
     kept = torch.empty(tokens, r.keep_k, dtype=torch.float32, device=device)
     counts = torch.empty(blocks, number, dtype=torch.int32, device=device)
     used = ids if r.used is None else r.used
     shared = y if step.shared is None else step.shared
-    _run(
+    run(
         kernel, (blocks,),
         y, rows, weights, shared, step.z, step.alpha, step.beta, step.z_out, step.acc, step.acc_out,
         r.weight, r.weight if r.bias is None else r.bias, r.weight if r.correction is None else r.correction, used,
@@ -299,7 +283,7 @@ def combine_route(
         tokens, y.shape[1], number, step.rho, step.sigma, step.z.stride(0), shared.stride(0), used.stride(0),
         r.scale, r.penalty or 0.0,
         TOP_K=top_k, BASE_K=r.base_k, KEEP_K=r.keep_k, USED=0 if r.used is None else r.used.shape[1],
-        BE=_power(number), SCORING=r.scoring, NORMALIZE=r.normalize, HAS_SHARED=step.shared is not None,
+        BE=power_of_two(number), SCORING=r.scoring, NORMALIZE=r.normalize, HAS_SHARED=step.shared is not None,
         HAS_BIAS=r.bias is not None, HAS_CORRECTION=r.correction is not None, FORBID=r.penalty is None,
         FIRST=step.first, ROUND=r.weight.dtype != torch.float32, **_numeric(r.weight.dtype), **config,
     )  # fmt: skip
@@ -315,10 +299,10 @@ def step_backward(
 
     config = chosen.of("step_backward")
     tokens, width = m.shape
-    blocks = _ceil(tokens, config["BT"])
+    blocks = ceil_div(tokens, config["BT"])
     parts = torch.empty(2, blocks, width, dtype=torch.float32, device=m.device)
-    _run(
-        kernel, (blocks, _ceil(width, config["BH"])),
+    run(
+        kernel, (blocks, ceil_div(width, config["BH"])),
         m if grad_acc is None else grad_acc, m if grad_z is None else grad_z, m, beta if alpha is None else alpha, beta,
         grad_m, parts[0], parts[1], tokens, width, HAS_Z=grad_z is not None, HAS_ACC=grad_acc is not None, **config,
     )  # fmt: skip
@@ -335,9 +319,9 @@ def down_backward(
 
     w, bias, config = experts.down_proj, experts.down_bias, chosen.of("down_backward")
     s = down_strides(w, experts)
-    columns = _ceil(experts.width, config["BN"])
+    columns = ceil_div(experts.width, config["BN"])
     part = torch.empty(pre.shape[0], columns, dtype=torch.float32, device=pre.device)
-    _run(
+    run(
         kernel, (plan.tile_expert.numel() * columns,),
         grad_m, w, w if bias is None else bias, pre, weights, grad_pre, scaled_act, part,
         plan.token_of_row, plan.pair_of_row, plan.expert_start, plan.tile_expert, plan.tile_row,
@@ -360,8 +344,8 @@ def weight_grad(
 
     two = strides.partner != 0
     config = chosen.of("expert_weight_grad_two" if two else "expert_weight_grad")
-    blocks = _ceil(width, config["BL"]) * _ceil(right.shape[1], config["BR"])
-    _run(
+    blocks = ceil_div(width, config["BL"]) * ceil_div(right.shape[1], config["BR"])
+    run(
         expert_weight_grad, (plan.num_experts * blocks,),
         left, right, out, left_row, plan.token_of_row, plan.expert_start,
         width, right.shape[1], left.stride(0), right.stride(0), width if two else 0,
@@ -384,8 +368,8 @@ def bias_grad(
     config = chosen.of("expert_bias_grad")
     width = rows.shape[1]
     out = torch.empty(plan.num_experts, width, dtype=dtype, device=rows.device)
-    _run(
-        expert_bias_grad, (plan.num_experts, _ceil(width, config["BN"])),
+    run(
+        expert_bias_grad, (plan.num_experts, ceil_div(width, config["BN"])),
         rows, rows if weights is None else weights, out, row_at, plan.pair_of_row, plan.expert_start,
         width, rows.stride(0), out.stride(0), WEIGHTED=weights is not None, **config,
     )  # fmt: skip

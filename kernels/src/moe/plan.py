@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-PAIRS_PER_BLOCK = 128  # of the counting sort; the ranks inside a block come from a comparison of all its pairs
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,24 +37,9 @@ def max_tiles(pairs: int, num_experts: int, block_m: int) -> int:
     return pairs // block_m + min(num_experts, pairs)
 
 
-def build_plan(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Plan:
-    """The plan of `top_k_index` [T, K] (int32 or int64) for tiles of `block_m` rows.
-
-    Ids outside [0, num_experts) mark pairs without an expert. Kernels on CUDA, a stable sort elsewhere; both give the
-    same numbers. Raises ValueError for another shape or dtype, or 2^31 pairs and more.
-    """
-    if top_k_index.dim() != 2:
-        raise ValueError(f"top_k_index must be [tokens, k], got {tuple(top_k_index.shape)}")
-    ids = top_k_index.contiguous().view(-1)
-    if top_k_index.is_cuda:
-        return kernel_plan(ids, num_experts, block_m, top_k=top_k_index.shape[1])
-    token = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device) // max(1, top_k_index.shape[1])
-    return sorted_plan(ids, token, num_experts, block_m)
-
-
 def sorted_plan(ids: torch.Tensor, token_of_pair: torch.Tensor, num_experts: int, block_m: int) -> Plan:
     """The plan by a stable sort of flat `ids` [P], on any device and without a sync: what the kernels do, defined."""
-    _check(ids, num_experts, block_m)
+    check_ids(ids, num_experts, block_m)
     pairs, device = ids.numel(), ids.device
     expert = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     in_order, pair_of_row = torch.sort(expert, stable=True)
@@ -84,44 +67,8 @@ def sorted_plan(ids: torch.Tensor, token_of_pair: torch.Tensor, num_experts: int
     )
 
 
-def kernel_plan(
-    ids: torch.Tensor,
-    num_experts: int,
-    block_m: int,
-    *,
-    top_k: int = 0,
-    token_of_pair: torch.Tensor | None = None,
-    counts: torch.Tensor | None = None,
-    pairs_per_block: int = PAIRS_PER_BLOCK,
-) -> Plan:
-    """The plan by kernels from flat contiguous `ids` [P]; pair p is of token p // top_k, or as `token_of_pair` says.
-
-    `counts` [blocks, N] of a kernel that counted already, in blocks of `pairs_per_block` pairs, saves a launch.
-    """
-    from .launch import triton_plan
-
-    _check(ids, num_experts, block_m)
-    pairs, device = ids.numel(), ids.device
-    size = {"dtype": torch.int32, "device": device}
-    tiles = max_tiles(pairs, num_experts, block_m)
-    # The kernels write every entry that is ever read; without pairs nothing is launched.
-    new = torch.empty if pairs else torch.zeros
-    plan = Plan(
-        token_of_row=new(pairs, **size),
-        row_of_pair=new(pairs, **size),
-        expert_start=new(num_experts + 1, **size),
-        tile_expert=new(tiles, **size),
-        tile_row=new(tiles, **size),
-        num_tiles=new(1, **size),
-        pair_of_row=new(pairs, **size),
-        block_m=block_m,
-    )
-    if pairs:
-        triton_plan(plan, ids, token_of_pair, counts, top_k=top_k, pairs_per_block=pairs_per_block)
-    return plan
-
-
-def _check(ids: torch.Tensor, num_experts: int, block_m: int) -> None:
+def check_ids(ids: torch.Tensor, num_experts: int, block_m: int) -> None:
+    """Raises ValueError for ids, or a number of them, that no plan can hold."""
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert ids must be int32 or int64, got {ids.dtype}")
     if ids.numel() >= 2**31:

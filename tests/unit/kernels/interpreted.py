@@ -15,7 +15,8 @@ import torch
 from surgery.kernels import moe
 from surgery.kernels.moe import function, launch
 from surgery.kernels.moe.experts import Experts
-from surgery.kernels.moe.plan import Plan, kernel_plan
+from surgery.kernels.moe.plan import Plan
+from surgery.kernels.moe.plan_kernels import kernel_plan
 from torch import Tensor
 
 FP32 = 2e-5

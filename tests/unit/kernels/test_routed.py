@@ -4,7 +4,8 @@ import pytest
 import torch
 from surgery.kernels import moe
 from surgery.kernels.moe import reference
-from surgery.kernels.moe.experts import Experts, choose, why_not
+from surgery.kernels.moe.experts import Experts
+from surgery.kernels.moe.routed import choose, why_not
 
 
 def draw(*sizes: int, seed: int = 0) -> torch.Tensor:
