@@ -113,6 +113,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return folder
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread, so that sums are made in one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusion transformer for 8×8 digits with random weights (585 thousand parameters). Read only."""

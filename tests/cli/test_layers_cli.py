@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_errors import said_one_error
 from PIL import Image
 
 Run = Callable[..., Any]
@@ -34,13 +35,6 @@ def data(tmp_path: Path) -> Path:
         rows.append(json.dumps(row))
     (tmp_path / "q.jsonl").write_text("\n".join(rows) + "\n")
     return tmp_path / "q.jsonl"
-
-
-def error(ended: Any, code: str) -> str:
-    lines = ended.stderr.splitlines()
-    assert lines[-2].startswith(f"error[{code}]: ") and lines[-1].startswith("hint: "), ended.stderr
-    assert ended.stdout == "" and "Traceback" not in ended.stderr
-    return str(lines[-2])
 
 
 def is_picture(path: Path) -> bool:
@@ -128,7 +122,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     ended = command("probe", "layers", tiny_llava, "--eval", data, *FEW, "-o", "file/rows.csv")
-    assert "cannot write in" in error(ended, "output.not-writable")
+    assert "cannot write in" in said_one_error(ended, "output.not-writable")
 
 
 @pytest.mark.parametrize("kind", ["probe", "sweep"])
@@ -146,11 +140,13 @@ def test_a_killed_run_goes_on_to_the_same_table(
     again = command(*args, "--records", "r.jsonl", "--resume", "--json")
     assert (again.code, again.stdout) == (0, whole.stdout), again.stderr
     assert (tmp_path / "r.jsonl").read_bytes() == b"".join(lines)
-    error(command(*args, "--records", "r.jsonl"), "output.exists")
-    assert "batch" in error(command(*args, "--batch", "2", "--records", "r.jsonl", "--resume"), "usage.other-settings")
+    said_one_error(command(*args, "--records", "r.jsonl"), "output.exists")
+    assert "batch" in said_one_error(
+        command(*args, "--batch", "2", "--records", "r.jsonl", "--resume"), "usage.other-settings"
+    )
     data.write_text(data.read_text().replace("0+1=", "0+2="))
-    assert "items" in error(command(*args, "--records", "r.jsonl", "--resume"), "usage.other-settings")
-    error(command(*args, "--resume"), "usage.resume")
+    assert "items" in said_one_error(command(*args, "--records", "r.jsonl", "--resume"), "usage.other-settings")
+    said_one_error(command(*args, "--resume"), "usage.resume")
 
 
 def test_a_dry_run_reads_headers_and_writes_nothing(command: Run, tiny_llava: Path, donor: Path, data: Path) -> None:
@@ -166,22 +162,24 @@ def test_refusals(
 ) -> None:
     probe = ("probe", "layers", tiny_llava, "--eval", data, *FEW)
     sweep = ("sweep", "merge", tiny_llava, donor, "--eval", data, *FEW)
-    error(command(*probe, "--ablate", "donor"), "usage.ablate")
-    error(command(*probe, "--ablate", "zero", "--base", tiny_llama), "usage.ablate")
-    error(command(*probe, "--ablate", "donor", "--donor", tiny_llama, "--base", tiny_llama), "usage.ablate")
-    error(command(*probe, "--ablate", "noise"), "usage.ablate")
-    error(command(*probe, "--module", "norm"), "usage.module")
-    error(command(*probe, "--layers", "9"), "usage.layers")
-    error(command(*probe, "--group-by", "sort"), "usage.group")
-    error(command(*probe, "--metric", "bleu"), "usage.metric")
-    error(command(*probe, "--png", "x.jpg"), "usage.out")
-    error(command(*sweep, "--alpha", "1,x"), "usage.alpha")
-    error(command(*sweep, "--alpha", "1.5"), "usage.alpha")
-    error(command(*sweep, "--dev", "1"), "usage.dev")
-    error(command(*sweep, "--stride", "2"), "usage.window")
-    error(command(*sweep, "--window", "9"), "usage.window")
+    said_one_error(command(*probe, "--ablate", "donor"), "usage.ablate")
+    said_one_error(command(*probe, "--ablate", "zero", "--base", tiny_llama), "usage.ablate")
+    said_one_error(command(*probe, "--ablate", "donor", "--donor", tiny_llama, "--base", tiny_llama), "usage.ablate")
+    said_one_error(command(*probe, "--ablate", "noise"), "usage.ablate")
+    said_one_error(command(*probe, "--module", "norm"), "usage.module")
+    said_one_error(command(*probe, "--layers", "9"), "usage.layers")
+    said_one_error(command(*probe, "--group-by", "sort"), "usage.group")
+    said_one_error(command(*probe, "--metric", "bleu"), "usage.metric")
+    said_one_error(command(*probe, "--png", "x.jpg"), "usage.out")
+    said_one_error(command(*sweep, "--alpha", "1,x"), "usage.alpha")
+    said_one_error(command(*sweep, "--alpha", "1.5"), "usage.alpha")
+    said_one_error(command(*sweep, "--dev", "1"), "usage.dev")
+    said_one_error(command(*sweep, "--stride", "2"), "usage.window")
+    said_one_error(command(*sweep, "--window", "9"), "usage.window")
     assert command("sweep", "merge", tiny_llava, tiny_dit, "--eval", data, *FEW).code == 3
-    error(command("sweep", "merge", tiny_llava, tiny_llama, "--eval", data, *FEW), "checkpoint.unrelated")
-    error(command("probe", "layers", tiny_dit, "--eval", data), "checkpoint.not-language")
+    said_one_error(command("sweep", "merge", tiny_llava, tiny_llama, "--eval", data, *FEW), "checkpoint.unrelated")
+    said_one_error(command("probe", "layers", tiny_dit, "--eval", data), "checkpoint.not-language")
     (tmp_path / "p.csv").write_text("mine")
-    assert error(command(*probe, "-o", "p.csv"), "output.exists") and (tmp_path / "p.csv").read_text() == "mine"
+    assert (
+        said_one_error(command(*probe, "-o", "p.csv"), "output.exists") and (tmp_path / "p.csv").read_text() == "mine"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_errors import said_one_error
 from PIL import Image
 
 Run = Callable[..., Any]
@@ -31,13 +32,6 @@ def ask(command: Run, tiny_llava: Path, data: Path) -> Run:
     return lambda *more: command("eval", "vqa", tiny_llava, "--data", data, *few, *more)
 
 
-def error(ended: Any, code: str) -> str:
-    lines = ended.stderr.splitlines()
-    assert lines[-2].startswith(f"error[{code}]: ") and lines[-1].startswith("hint: "), ended.stderr
-    assert ended.stdout == "" and "Traceback" not in ended.stderr
-    return str(lines[-2])
-
-
 def test_records_and_summary_agree(ask: Run, tmp_path: Path) -> None:
     ended = ask("-o", "r.jsonl", "--group-by", "kind", "--json")
     assert ended.code == 0, ended.stderr
@@ -57,14 +51,14 @@ def test_records_and_summary_agree(ask: Run, tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_records(ask: Run, tmp_path: Path) -> None:
     assert ask("-o", "r.jsonl").code == 0
     whole = (tmp_path / "r.jsonl").read_bytes()
-    error(ask("-o", "r.jsonl"), "output.exists")
+    said_one_error(ask("-o", "r.jsonl"), "output.exists")
     lines = whole.splitlines(keepends=True)
     (tmp_path / "r.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
     assert ask("-o", "r.jsonl", "--resume").code == 0
     again = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     kept = {row["id"]: row for row in map(json.loads, lines[1:])}
     assert {row["id"]: row for row in again[1:]} == kept
-    assert "max_new_tokens 3, now 5" in error(
+    assert "max_new_tokens 3, now 5" in said_one_error(
         ask("-o", "r.jsonl", "--resume", "--max-new-tokens", "5"), "usage.other-settings"
     )
 
@@ -72,7 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_records(ask: Run, tmp_path: Path) -> N
 def test_changed_questions_are_not_mixed_in(ask: Run, data: Path) -> None:
     assert ask("-o", "r.jsonl").code == 0
     data.write_text(data.read_text().replace("0+1=", "9+9="))
-    assert "'q0'" in error(ask("-o", "r.jsonl", "--resume"), "usage.other-data")
+    assert "'q0'" in said_one_error(ask("-o", "r.jsonl", "--resume"), "usage.other-data")
 
 
 def test_a_larger_limit_goes_on_from_a_smaller_one(ask: Run, tmp_path: Path) -> None:
@@ -89,15 +83,15 @@ def test_a_dry_run_shows_the_prompt_and_writes_nothing(ask: Run, tmp_path: Path)
 
 
 def test_refusals(ask: Run, command: Run, tiny_llama: Path, tiny_dit: Path, data: Path) -> None:
-    error(ask("--group-by", "sort"), "usage.group")
-    error(ask("--resume"), "usage.resume")
-    error(ask("-o", "r.csv"), "usage.out")
-    error(ask("--chat-template", "gone.jinja"), "checkpoint.unreadable")
-    error(ask("--dtype", "int3"), "usage.dtype")
-    error(ask("--tasks", "x"), "usage.tasks")
-    error(command("eval", "vqa", tiny_llama, "--data", data), "usage.no-images")
-    error(command("eval", "vqa", tiny_dit, "--data", data), "checkpoint.not-language")
-    error(command("eval", "vqa", tiny_llama), "usage.data")
+    said_one_error(ask("--group-by", "sort"), "usage.group")
+    said_one_error(ask("--resume"), "usage.resume")
+    said_one_error(ask("-o", "r.csv"), "usage.out")
+    said_one_error(ask("--chat-template", "gone.jinja"), "checkpoint.unreadable")
+    said_one_error(ask("--dtype", "int3"), "usage.dtype")
+    said_one_error(ask("--tasks", "x"), "usage.tasks")
+    said_one_error(command("eval", "vqa", tiny_llama, "--data", data), "usage.no-images")
+    said_one_error(command("eval", "vqa", tiny_dit, "--data", data), "checkpoint.not-language")
+    said_one_error(command("eval", "vqa", tiny_llama), "usage.data")
     assert ask("--prompt", "odd").code == 2
 
 
@@ -143,13 +137,13 @@ def test_compare_says_what_else_differs_and_refuses_other_questions(command: Run
     assert shown["n"] == 5 and shown["p"] == 1 and shown["interval"] == [0, 0]
     assert shown["score_interval"][1] > 0.3  # nothing flipped, and five items prove little
     b.write_text(b.read_text().replace('"asked": "3"', '"asked": "other"'))
-    error(command("eval", "compare", a, b), "usage.compare")
+    said_one_error(command("eval", "compare", a, b), "usage.compare")
     records(b, {"77": True})
-    error(command("eval", "compare", a, b), "usage.compare")
-    error(command("eval", "compare", a, tmp_path / "gone.jsonl"), "checkpoint.unreadable")
+    said_one_error(command("eval", "compare", a, b), "usage.compare")
+    said_one_error(command("eval", "compare", a, tmp_path / "gone.jsonl"), "checkpoint.unreadable")
     head = json.dumps({"surgery_records": 1, "kind": "probe-layers", "settings": {}})
     b.write_text(head + "\n" + json.dumps({"id": "0", "values": [1.0]}) + "\n")
-    assert "it holds probe-layers" in error(command("eval", "compare", b, b), "usage.compare")
+    assert "it holds probe-layers" in said_one_error(command("eval", "compare", b, b), "usage.compare")
 
 
 def test_other_harnesses_get_exact_commands(command: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -168,11 +162,11 @@ def test_other_harnesses_get_exact_commands(command: Run, tiny_llava: Path, tmp_
     )
     error_line = command("eval", "vqa", tiny_llava, "--backend", "lmms-eval", "--tasks", "mmstar")
     assert error_line.code == 5 and "error[resource.missing-package]" in error_line.stderr
-    error(command("eval", "vqa", tiny_llava, "--backend", "vlmevalkit", "--tasks", "MMStar"), "usage.backend")
-    error(command("eval", "vqa", tiny_llava, "--backend", "lmms-eval"), "usage.tasks")
+    said_one_error(command("eval", "vqa", tiny_llava, "--backend", "vlmevalkit", "--tasks", "MMStar"), "usage.backend")
+    said_one_error(command("eval", "vqa", tiny_llava, "--backend", "lmms-eval"), "usage.tasks")
     local = ("--tasks", "mmstar", "--data", "q.jsonl")
-    error(command("eval", "vqa", tiny_llava, "--backend", "lmms-eval", *local), "usage.data")
-    error(command("eval", "vqa", tiny_llava, "--backend", "helm", "--tasks", "x"), "usage.backend")
+    said_one_error(command("eval", "vqa", tiny_llava, "--backend", "lmms-eval", *local), "usage.data")
+    said_one_error(command("eval", "vqa", tiny_llava, "--backend", "helm", "--tasks", "x"), "usage.backend")
 
 
 def test_vlmevalkit_gets_its_config_and_runs_from_a_checkout(command: Run, tiny_llava: Path, tmp_path: Path) -> None:
@@ -204,4 +198,4 @@ def test_vlmevalkit_gets_its_config_and_runs_from_a_checkout(command: Run, tiny_
     renamed = Path(shutil.copytree(model, tmp_path / "llava-34b"))
     told = command("eval", "vqa", renamed, "--backend", "vlmevalkit", "--tasks", "MMStar", "--dry-run", "-o", "x")
     assert "chooses it by '34b' in the path" in told.stderr
-    error(command(*args, "--tasks", "Unheard"), "usage.tasks")
+    said_one_error(command(*args, "--tasks", "Unheard"), "usage.tasks")

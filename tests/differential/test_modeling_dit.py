@@ -11,42 +11,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_dits import PIXART, slot_tensors, with_grafts
 
 from surgery.arch.architectures import ARCHITECTURES
 from surgery.arch.dit.build import build_model, model_from_state
-from surgery.arch.dit.config import Dims, Graft, grafted_config, resolve_graft, slot_prefix, slot_tensors
+from surgery.arch.dit.config import Dims, resolve_graft, slot_prefix
 from surgery.arch.dit.modeling import SurgeryDiTTransformer2DModel
 from surgery.arch.dit.operators import OPERATORS, modeling_source
 from surgery.errors import CheckpointError
 
 DIGITS = dict(ARCHITECTURES["dit-digits"].transformer)
-PIXART = {
-    "_class_name": "PixArtTransformer2DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "num_layers": 2,
-    "sample_size": 8,
-    "cross_attention_dim": 24,
-    "caption_channels": 10,
-}
 
 
 def draw(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def grafted(config: Mapping[str, Any], *entries: tuple[int, str, str]) -> dict[str, Any]:
-    placed = []
-    for block, slot, text in entries:
-        spec, args = resolve_graft(config, slot, text)
-        placed.append(Graft(block, slot, spec.name, args))
-    return grafted_config(config, placed)
-
-
 def copy_grafted(config: Mapping[str, Any], *entries: tuple[int, str, str]) -> tuple[torch.nn.Module, torch.nn.Module]:
     """(stock model, the same model with `entries` grafted from a copy of what they replace)."""
     stock = build_model(config, generator=draw(1))
-    target = grafted(config, *entries)
+    target = with_grafts(config, *entries)
     state, place = dict(stock.state_dict()), Dims.from_config(config).place
     for block, slot, text in entries:
         spec, args = resolve_graft(config, slot, text)
@@ -98,14 +82,14 @@ def test_every_operator_runs_forward_and_backward_in_a_model() -> None:
     mlps = ["r3", "mlp-hyena-x", "identity-zero"]
     entries = [(block, "attn", name) for block, name in enumerate(attention)]
     entries += [(block, "mlp", name) for block, name in enumerate(mlps)]
-    model = build_model(grafted(config, *entries)).train()
+    model = build_model(with_grafts(config, *entries)).train()
     x_BCHW = torch.randn(2, 1, 8, 8, generator=draw(1))
     model(x_BCHW, timestep=torch.tensor([1, 2]), class_labels=torch.tensor([3, 4])).sample.square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_pixart_takes_grafts_in_self_attention_only() -> None:
-    model = build_model(grafted(PIXART, (1, "attn", "hyena-x")))
+    model = build_model(with_grafts(PIXART, (1, "attn", "hyena-x")))
     with torch.no_grad():
         out = model(
             torch.randn(2, 4, 8, 8, generator=draw(1)),
@@ -122,12 +106,12 @@ def test_pixart_takes_grafts_in_self_attention_only() -> None:
 
 
 def test_settings_of_the_original_dit_code_reach_every_block() -> None:
-    config = {**grafted(DIGITS), "timestep_freq_shift": 0, "norm3_eps": 1e-6}
+    config = {**with_grafts(DIGITS), "timestep_freq_shift": 0, "norm3_eps": 1e-6}
     model = build_model(config)
     assert {block.norm1.emb.time_proj.downscale_freq_shift for block in model.transformer_blocks} == {0}
     assert {block.norm3.eps for block in model.transformer_blocks} == {1e-6}
     assert not torch.allclose(denoise(model), denoise(build_model(DIGITS)), atol=1e-3)
-    assert torch.equal(denoise(build_model(grafted(DIGITS))), denoise(build_model(DIGITS)))
+    assert torch.equal(denoise(build_model(with_grafts(DIGITS))), denoise(build_model(DIGITS)))
 
 
 def test_the_class_itself_refuses_what_it_does_not_know() -> None:
@@ -142,7 +126,7 @@ def test_the_class_itself_refuses_what_it_does_not_know() -> None:
 
 
 def test_our_loader_refuses_an_unknown_operator() -> None:
-    config = {**grafted(DIGITS), "surgery_grafts": [{"block": 0, "slot": "attn", "op": "linear-magic", "args": {}}]}
+    config = {**with_grafts(DIGITS), "surgery_grafts": [{"block": 0, "slot": "attn", "op": "linear-magic", "args": {}}]}
     with pytest.raises(CheckpointError, match="no operator 'linear-magic'"):
         build_model(config)
 
@@ -211,9 +195,9 @@ for cls in (AutoModel, DiTTransformer2DModel, Transformer2DModel):
 def test_a_published_folder_loads_with_the_same_bits_and_only_with_trust(tmp_path: Path) -> None:
     """Three checkpoints in one process: two graft lists under one modeling file, and one under another file."""
     configs = [
-        grafted(DIGITS, (1, "attn", "hyena-x"), (2, "mlp", "r3"), (4, "mlp", "mlp-hyena-x")),
-        grafted(DIGITS, (1, "attn", "swa:w=2"), (3, "attn", "mamba2")),
-        grafted(DIGITS, (1, "attn", "hyena-y")),
+        with_grafts(DIGITS, (1, "attn", "hyena-x"), (2, "mlp", "r3"), (4, "mlp", "mlp-hyena-x")),
+        with_grafts(DIGITS, (1, "attn", "swa:w=2"), (3, "attn", "mamba2")),
+        with_grafts(DIGITS, (1, "attn", "hyena-y")),
     ]
     folders = [tmp_path / name for name in ("one", "two", "three")]
     other = modeling_source()[1].replace(b"class HyenaY(", b"class Renamed(").replace(b": HyenaY,", b": Renamed,")
@@ -256,7 +240,7 @@ print(images.shape)
 
 def test_a_published_pipeline_loads_and_samples(tmp_path: Path) -> None:
     latent = {**DIGITS, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000, "num_layers": 2}
-    config = grafted(latent, (1, "attn", "hyena-se"))
+    config = with_grafts(latent, (1, "attn", "hyena-se"))
     folder = tmp_path / "pipe" / "transformer"
     folder.mkdir(parents=True)
     name, content = modeling_source()

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_dits import resolve_operator
 from torch import nn
-
-from surgery.arch.dit.operators import resolve_operator
 
 B, N, D, H = 2, 7, 4, 2
 PLACE = {"dim": D, "heads": H, "n_tokens": N}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vlm_pairs
 from safetensors.torch import load_file, save_file
 from vlm_pairs import Pair
 
@@ -19,11 +18,6 @@ from surgery.store.checkpoint import Checkpoint, open_checkpoint
 Run = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("own_cache")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
 
 
 @pytest.fixture

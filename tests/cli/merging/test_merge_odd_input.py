@@ -23,11 +23,6 @@ Command = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
-
-
-@pytest.fixture(scope="module")
 def plain(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The merge of the pair with no options: what every detour must end with."""
     import surgery

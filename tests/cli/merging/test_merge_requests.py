@@ -17,11 +17,6 @@ Command = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
-
-
-@pytest.fixture(scope="module")
 def mllama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return vlm_pairs.make_pair(tmp_path_factory.mktemp("mllama"), "mllama")
 

@@ -18,15 +18,6 @@ from surgery.store.header import plan_header, read_header
 Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """qwen3-moe-tiny: random weights, one file. Read only."""
-    from surgery.graph.run import run_op
-    from surgery.ops.init import Init
-
-    return run_op(Init("qwen3-moe-tiny"), [], tmp_path_factory.mktemp("moe") / "moe").path
-
-
 def test_append_is_exact_and_says_so(command: Run, moe: Path) -> None:
     ended = command("coe", moe, "-C", "2", "--mode", "append", "-o", "coe")
     assert ended.code == 0 and ended.stdout == "coe\n"

@@ -10,14 +10,6 @@ import pytest
 Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from surgery.graph.run import run_op
-    from surgery.ops.init import Init
-
-    return run_op(Init("qwen3-moe-tiny"), [], tmp_path_factory.mktemp("moe") / "moe").path
-
-
 def test_it_prints_a_table_and_writes_csv_and_pictures(command: Run, moe: Path) -> None:
     command("coe", moe, "-o", "coe", "--verify", "none")
     ended = command("probe", "routing", "coe", "--tokens", "128", "--length", "64", "-o", "out", "--threads", "1")

@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vlm_pairs
 from vlm_pairs import Pair
 
 from surgery.graph.op import Compute
 from surgery.ops.merge import Merge
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
 
 
 @pytest.fixture

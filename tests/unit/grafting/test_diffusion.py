@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_dits import COSINE_V, dit_config, fresh_dit
 
 from surgery.arch.dit.diffusion import (
     NoiseSchedule,
@@ -16,19 +17,9 @@ from surgery.arch.dit.diffusion import (
     null_label,
 )
 from surgery.errors import CheckpointError, UsageError
-from surgery.train.finetune import fresh_dit
 
-DIGITS = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "num_layers": 2,
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 10,
-}
-V = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"})
+DIGITS = dit_config(layers=2, size=8, classes=10)
+V = COSINE_V
 EPS = NoiseSchedule.from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
 
 

@@ -3,41 +3,26 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_dits import COSINE_V, dit_config, fresh_dit
 from torch import nn
 
-from surgery.arch.dit.diffusion import NoiseSchedule, call_model
+from surgery.arch.dit.diffusion import call_model
 from surgery.data.images import ImageSet
 from surgery.errors import NonFiniteLoss, ResourceError, UsageError
-from surgery.train.finetune import fresh_dit
 from surgery.train.grafting.capture import Cache, Tap, estimate_bytes, fill, record, record_samples, sources
 from surgery.train.grafting.distill import DistillResult, DistillSettings, Target, distill, regression_loss
 from surgery.train.grafting.workers import run_jobs
 
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "num_layers": 3,
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 3,
-}
-SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"})
+CONFIG = dit_config(layers=3, size=8, classes=3)
+SCHEDULE = COSINE_V
 ATTN, FF = "transformer_blocks.1.attn1", "transformer_blocks.2.ff"
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,37 +1,23 @@
 """Stage 2: what it optimises, that a resumed run ends in the same bits, and that it refuses what cannot work."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_dits import COSINE_V, dit_config, fresh_dit
 
-from surgery.arch.dit.diffusion import NoiseSchedule, heldout_loss
+from surgery.arch.dit.diffusion import heldout_loss
 from surgery.data.images import ImageSet
 from surgery.errors import CheckpointError, NonFiniteLoss, UsageError
-from surgery.train.finetune import FinetuneSettings, finetune, fresh_dit
+from surgery.train.finetune import FinetuneSettings, finetune
 from surgery.train.optim import BatchOrder, Ema, learning_rate
 
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "num_layers": 2,
-    "sample_size": 4,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 3,
-}
-SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"})
+CONFIG = dit_config(layers=2, size=4, classes=3)
+SCHEDULE = COSINE_V
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _images(n: int = 40, size: int = 4) -> ImageSet:

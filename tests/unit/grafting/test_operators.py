@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_dits import resolve_operator
 
 from surgery.arch.architectures import ARCHITECTURES
 from surgery.arch.dit import modeling
 from surgery.arch.dit.config import NORM_PREFIX, SLOT_MODULES, Graft, grafted_config, tensor_shapes
-from surgery.arch.dit.operators import OPERATORS, modeling_source, require_slot, resolve_operator
+from surgery.arch.dit.operators import OPERATORS, modeling_source, require_slot
 from surgery.arch.sources import Concat, Constant, Rows, Same, Tap, Uniform, byte_ranges
 from surgery.errors import UsageError
 

@@ -14,17 +14,12 @@ from safetensors.torch import load_file, save_file
 from vlm_pairs import Pair
 
 Command = Callable[..., Any]
-RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "vlm-merge"
+RECIPES = Path(__file__).resolve().parents[3] / "recipes" / "vlm-merge"
 HUB = {
     "llava-hf/llama3-llava-next-8b-hf": "host",
     "hkust-nlp/dart-math-llama3-8b-prop2diff": "donor",
     "meta-llama/Meta-Llama-3-8B": "base",
 }
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,11 +18,6 @@ from surgery.errors import UsageError
 Command = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return vlm_pairs.make_pair(tmp_path_factory.mktemp("pair"), "llava_next")
-
-
 @pytest.fixture
 def copy(pair: Pair, tmp_path: Path) -> Pair:
     """The same models, to be damaged."""
