@@ -4,6 +4,7 @@ An error carries a dotted code, one sentence, one hint and the exit status of it
 first two lines of it and nothing else; Python callers catch `SurgeryError` or a child. Nothing of ours is imported.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -101,6 +102,13 @@ class NonFiniteLoss(SurgeryError):
 
     status = 9
     prefix = "train"
+
+
+def wrong_tensors(name: str, faults: Sequence[str]) -> CheckpointError:
+    """Weights of `name` that do not belong to their config: what is wrong with the first three, and how many more."""
+    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    what = f"{name}: {'; '.join(faults[:3])}{more}"
+    return CheckpointError("wrong-tensors", what, hint="weights and config.json do not belong together")
 
 
 def closest(name: str, known: list[str], *, limit: int = 3) -> str:

@@ -5,10 +5,11 @@ are those of published LLaVA checkpoints. The tokenizer knows the words of the s
 drops punctuation, so that a prompt ends with the thing that is asked about.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from surgery.graph.op import json_bytes
 
 SPECIAL = ("<pad>", "<unk>", "</s>", "<image>")
 PAD, UNKNOWN, END, IMAGE = range(4)
@@ -176,12 +177,12 @@ class TinyLlava:
         }
         generation = {"eos_token_id": END, "pad_token_id": PAD, "do_sample": False}
         return {
-            "config.json": _json(self.config()),
-            "generation_config.json": _json(generation),
-            "preprocessor_config.json": _json(image_processor),
-            "processor_config.json": _json(processor),
-            "tokenizer.json": _json(self._tokenizer()),
-            "tokenizer_config.json": _json(tokenizer),
+            "config.json": json_bytes(self.config()),
+            "generation_config.json": json_bytes(generation),
+            "preprocessor_config.json": json_bytes(image_processor),
+            "processor_config.json": json_bytes(processor),
+            "tokenizer.json": json_bytes(self._tokenizer()),
+            "tokenizer_config.json": json_bytes(tokenizer),
             "chat_template.jinja": (CHAT_TEMPLATE + "\n").encode(),
         }
 
@@ -214,7 +215,3 @@ def normalise(pixels: Any) -> Any:
     removed. Any array type of torch."""
     mean, std = pixels.new_tensor(_MEAN), pixels.new_tensor(_STD)
     return ((pixels / 255 - mean) / std).movedim(-1, -3)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

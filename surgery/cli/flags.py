@@ -15,6 +15,7 @@ _NAMED = "Folder, alias, hub id, or - for a path on standard input."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_NAMED)]
 Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help=_NAMED)]
 Questions = Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="Questions, as adaptvis data makes them.")]
+Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")]
 
 # How a model is loaded and asked.
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, mps.")]
@@ -27,6 +28,10 @@ ChatTemplate = Annotated[
 ]
 LongestAnswer = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 FirstQuestions = Annotated[int | None, typer.Option("--limit", min=1, help="The first so many questions.")]
+GroupsBy = Annotated[
+    list[str] | None,
+    typer.Option("--group-by", metavar="FIELD", help="Also by the values of a field; several times."),
+]
 DrawnItems = Annotated[int | None, typer.Option("--limit", min=1, help="So many items, drawn by --seed.")]
 BatchOfQuestions = Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")]
 BatchOfItems = Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Items at a time.")]
@@ -36,6 +41,7 @@ BootstrapSeed = Annotated[int, typer.Option("--seed", min=0, help="Of the bootst
 TextLayers = Annotated[str | None, typer.Option("-l", "--layers", metavar="0-31", help="Text layers to steer.")]
 Heads = Annotated[str | None, typer.Option("--heads", metavar="L:H,..", help="Heads to steer, 8:3,7 9:1.")]
 Mode = Annotated[str, typer.Option("--mode", help="logit, mass-preserving, bias, abs or knock-out.")]
+Beta = Annotated[float | None, typer.Option("--beta", help="Threshold of the confidence.")]
 Answer = Annotated[str, typer.Option("--answer", help="generate (read the text) or closed-set.")]
 
 # What goes out.

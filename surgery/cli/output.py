@@ -90,6 +90,21 @@ def _least(widths: Sequence[int], right: Sequence[bool]) -> int:
     )
 
 
+def interval(pair: Sequence[float]) -> str:
+    """The ends of an interval of shares or scores."""
+    return f"[{pair[0]:.3f}, {pair[1]:.3f}]"
+
+
+def change(pair: Sequence[float]) -> str:
+    """The ends of an interval of differences, with their signs."""
+    return f"[{pair[0]:+.3f}, {pair[1]:+.3f}]"
+
+
+def share(value: float | None) -> str:
+    """A share or a score of 0 to 1; n/a where there is none."""
+    return "n/a" if value is None else f"{value:.3f}"
+
+
 def count(n: float, unit: str = "") -> str:
     """1 234 567 as 1,234,567; bytes as KiB, MiB, GiB."""
     if unit != "B":

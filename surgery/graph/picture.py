@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from surgery.errors import printable
+from surgery.store.record import params_text
 
 _WIDTH, _LINE, _PAD, _GAP_X, _GAP_Y, _MARGIN = 212, 16, 10, 28, 46, 24
 _CHARACTERS = 31  # of a line in a box
@@ -86,7 +87,7 @@ def lineage_picture(name: str, record: Mapping[str, Any]) -> Picture:
         if key in boxes:
             continue
         step = own["steps"][-1]
-        params = ", ".join(f"{k}={_short(v)}" for k, v in step["params"].items() if v not in (None, "", [], False))
+        params = params_text(step)
         digest = "never written" if own["digest"].startswith("derived:") else own["digest"]
         boxes[key] = Box(
             key, title, tuple(filter(None, (f"{step['op']} v{step['version']}", params, digest[:19]))), "made"
@@ -231,10 +232,6 @@ def _cut(text: str) -> str:
 
 def _dot(text: str) -> str:
     return _cut(text).replace("\\", "\\\\").replace('"', '\\"')
-
-
-def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def size(count: float) -> str:

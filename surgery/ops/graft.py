@@ -19,7 +19,19 @@ from surgery.arch.dit.operators import OPERATORS, modeling_source
 from surgery.arch.sources import Source, byte_ranges
 from surgery.data.identity import data_digest
 from surgery.errors import UsageError, closest
-from surgery.graph.op import Bytes, Compute, Entry, Keep, Param, PartNames, Plan, PlanContext, SideFile, Trained
+from surgery.graph.op import (
+    Bytes,
+    Compute,
+    Entry,
+    Keep,
+    Param,
+    PartNames,
+    Plan,
+    PlanContext,
+    SideFile,
+    Trained,
+    json_bytes,
+)
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
 from surgery.store.tensors import Part, TensorRef
@@ -347,12 +359,12 @@ class Graft:
         edits = [
             (f"{part.config_file}:{k}", part.config.get(k), v) for k, v in edited.items() if part.config.get(k) != v
         ]
-        written = {part.config_file: _json(edited), lead + file_name: source}
+        written = {part.config_file: json_bytes(edited), lead + file_name: source}
         if part.name:
             index = read_json(base.root / "model_index.json")
             value = [file_name.removesuffix(".py"), edited["_class_name"]]
             edits.append((f"model_index.json:{part.name}", index.get(part.name), value))
-            written["model_index.json"] = _json({**index, part.name: value})
+            written["model_index.json"] = json_bytes({**index, part.name: value})
         stale = f"{lead}modeling_surgery_dit_"
         kept = [n for n in base.side_files if n not in written and not n.startswith(stale)]
         files = [SideFile(n, source=str(base.root / n)) for n in kept]
@@ -387,7 +399,3 @@ def _flag(name: str) -> str:
 
 def _percent(pair: Mapping[str, int]) -> str:
     return f"{100 * (pair['after'] - pair['before']) / pair['before']:+.2f} %" if pair["before"] else "-"
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -3,7 +3,6 @@
 Inputs: none. Each tensor is drawn from its own seeded generator and written as it comes; the model is never in memory.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +13,7 @@ from surgery.arch.dit.config import initial_values
 from surgery.arch.moe import layouts
 from surgery.arch.sources import Source
 from surgery.errors import UsageError, closest
-from surgery.graph.op import Compute, Param, PartNames, Plan, PlanContext, SideFile
+from surgery.graph.op import Compute, Param, PartNames, Plan, PlanContext, SideFile, json_bytes
 from surgery.store.header import DTYPE_BITS
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -66,15 +65,15 @@ class Init:
             raise UsageError("set", f"--set {self.set_[0]}: {self.arch} has no fields to set", hint="leave it out")
         values = initial_values(known.transformer)
         files = (
-            SideFile("config.json", content=_json(known.transformer)),
-            SideFile("scheduler_config.json", content=_json(known.scheduler)),
+            SideFile("config.json", content=json_bytes(known.transformer)),
+            SideFile("scheduler_config.json", content=json_bytes(known.scheduler)),
         )
         return self._plan(values, files, "diffusion_pytorch_model", {})
 
     def _language_model(self) -> Plan:
         config = layouts.set_fields(layouts.MODELS[self.arch], self.set_)
         values = layouts.initial_values(config)
-        files = [SideFile("config.json", content=_json({**config, "dtype": _WORDS[_DTYPES[self.dtype]]}))]
+        files = [SideFile("config.json", content=json_bytes({**config, "dtype": _WORDS[_DTYPES[self.dtype]]}))]
         files += [SideFile(name, content=text) for name, text in layouts.modeling_files(config).items()]
         more = {"parameters_without_embeddings": layouts.without_embeddings(values)}
         return self._plan(values, tuple(files), "model", more)
@@ -110,7 +109,3 @@ class Init:
         inner = report.get("parameters_without_embeddings")
         more = f", {inner:,} ({inner / 2**20:.2f} Mi) without embeddings" if inner is not None else ""
         return [f"{report['architecture']}   {report['parameters']:,} parameters{more}"]
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -85,6 +85,12 @@ def undigested(record: Mapping[str, Any]) -> list[str]:
     return [name for name, row in record["tensors"].items() if "sha256" not in row]
 
 
+def params_text(step: Mapping[str, Any]) -> str:
+    """The parameters of a recorded step that are set, in one line."""
+    set_ = {k: v for k, v in step["params"].items() if v not in (None, "", [], False)}
+    return ", ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in set_.items())
+
+
 def is_unhashed(digest: str) -> bool:
     """Whether what stands for a digest in a record is the name of work, or of files, whose content nobody hashed."""
     return digest.startswith("unhashed:")

@@ -30,7 +30,7 @@ from surgery.arch.dit.diffusion import (
     null_label,
 )
 from surgery.errors import NonFiniteLoss, UsageError
-from surgery.train.optim import BatchOrder, Ema, generator_for, learning_rate, weights_digest
+from surgery.train.optim import BatchOrder, Ema, check_settings, generator_for, learning_rate, weights_digest
 from surgery.train.state import TrainingState
 
 if TYPE_CHECKING:
@@ -84,13 +84,7 @@ class FinetuneSettings:
             "val_draws": self.val_draws >= 1,
             "save_every": self.save_every >= 0,
         }
-        for name, good in checks.items():
-            if not good:
-                raise UsageError(
-                    "bad-setting",
-                    f"finetuning with {name} = {getattr(self, name)!r} is not possible",
-                    hint="see the command's --help for what it takes",
-                )
+        check_settings("finetuning", self, checks)
 
 
 @dataclass(frozen=True)
@@ -109,19 +103,6 @@ class FinetuneResult:
     def val(self) -> float | None:
         """The last held-out loss, if any was measured."""
         return next((h["val"] for h in reversed(self.history) if "val" in h), None)
-
-
-def fresh_dit(config: Mapping[str, Any], *, seed: int) -> nn.Module:
-    """A `DiTTransformer2DModel` of `config` with its default random weights, as `seed` gives them.
-
-    The layers' constructors draw from the global generator; it is forked, so the caller's state is untouched.
-    """
-    from diffusers import DiTTransformer2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = DiTTransformer2DModel(**config)
-    return model
 
 
 def finetune(

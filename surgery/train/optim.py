@@ -1,4 +1,4 @@
-"""What stage 1 and stage 2 share: learning-rate curves, seeds per step, the order of samples, the moving average.
+"""What stage 1 and stage 2 share: checks of settings, learning-rate curves, seeds, the order of samples, the average.
 
 Every random draw of a training step comes from a generator seeded with (seed, purpose, step). A resumed run therefore
 needs no generator state to go on with the same bits, and two ways of feeding the same steps see the same noise.
@@ -6,10 +6,23 @@ needs no generator state to go on with the same bits, and two ways of feeding th
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from surgery.errors import UsageError
+
+
+def check_settings(what: str, settings: object, checks: Mapping[str, bool]) -> None:
+    """Raises UsageError for the first of `checks`, by the setting's name, that does not hold; `what` is being set."""
+    for name, good in checks.items():
+        if not good:
+            raise UsageError(
+                "bad-setting",
+                f"{what} with {name} = {getattr(settings, name)!r} is not possible",
+                hint="see the command's --help for what it takes",
+            )
 
 
 def generator_for(seed: int, purpose: str, step: int) -> torch.Generator:

@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.arch.dit import modeling
 from surgery.arch.dit.config import Dims, family, grafts, initial_values
-from surgery.errors import CheckpointError, printable
+from surgery.errors import CheckpointError, printable, wrong_tensors
 
 
 def build_model(
@@ -50,8 +50,7 @@ def model_from_state(
         if name in state and tuple(state[name].shape) != shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError("wrong-tensors", f"{where}: {'; '.join(wrong[:3])}{more}")
+        raise wrong_tensors(where, wrong)
     model.load_state_dict(dict(state), strict=True, assign=True)
     _restore_position_table(model, config, where)
     return model.eval()

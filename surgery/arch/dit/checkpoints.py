@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.arch.dit.config import tensor_shapes
-from surgery.errors import CheckpointError, UsageError, printable
+from surgery.errors import CheckpointError, UsageError, printable, wrong_tensors
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
 from surgery.store.tensors import Part
@@ -42,12 +42,7 @@ def check_tensors(base: Checkpoint, part: Part, config: Mapping[str, Any]) -> No
         if n in part.tensors and part.tensors[n].shape != s
     ]
     if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(
-            "wrong-tensors",
-            f"{base.name}: {'; '.join(faults[:3])}{more}",
-            hint="weights and config.json do not belong together",
-        )
+        raise wrong_tensors(base.name, faults)
 
 
 def scheduler_file(base: Checkpoint) -> Path | None:

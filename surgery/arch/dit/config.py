@@ -138,11 +138,6 @@ class Dims:
         """The keyword arguments that every operator wants."""
         return {"dim": self.dim, "heads": self.heads, "n_tokens": self.n_tokens}
 
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the second half of the output channels predicts the variance."""
-        return self.out_channels == 2 * self.in_channels
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> "Dims":
         """Read the sizes, with the stock class's defaults for absent fields. Raises CheckpointError for bad values."""
@@ -382,12 +377,6 @@ def tensor_shapes(config: Mapping[str, Any], where: str = "config.json") -> dict
         grafted = OPERATORS[graft.op].tensors(**dims.place, **graft.args)
         shapes |= {prefix + name: shape for name, shape in grafted.items()}
     return shapes
-
-
-def slot_tensors(config: Mapping[str, Any], block: int, slot: str) -> dict[str, Shape]:
-    """Relative name -> shape of what fills one slot now, grafted or not."""
-    prefix = slot_prefix(block, slot)
-    return {name[len(prefix) :]: shape for name, shape in tensor_shapes(config).items() if name.startswith(prefix)}
 
 
 def stock_init(name: str, shapes: Mapping[str, Shape]) -> Fresh:

@@ -10,7 +10,6 @@ between gates, gates, scan; for an MLP everything), `features` what prepares and
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from surgery.arch.dit import warmstart
 from surgery.arch.dit.operator_spec import Args, Layout, OperatorSpec, Param, Place
@@ -338,12 +337,6 @@ def parse_operator(text: str) -> tuple[OperatorSpec, dict[str, str]]:
             raise UsageError("bad-operator", f"{text!r} gives {key} twice", hint="give every argument once")
         given[key] = value
     return spec, given
-
-
-def resolve_operator(text: str) -> tuple[OperatorSpec, dict[str, Any]]:
-    """`op[:k=v,…]` -> the operator and all its arguments, checked. Raises UsageError."""
-    spec, given = parse_operator(text)
-    return spec, spec.resolve(given)
 
 
 def require_slot(spec: OperatorSpec, slot: str) -> None:

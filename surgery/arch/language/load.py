@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.arch.moe.families import chain_family
-from surgery.errors import CheckpointError, ResourceError, UsageError, closest, printable
+from surgery.errors import CheckpointError, ResourceError, UsageError, closest, printable, wrong_tensors
 from surgery.graph.op import json_bytes
 from surgery.store.checkpoint import Checkpoint
 
@@ -251,12 +251,7 @@ def _check(base: Checkpoint, info: Mapping[str, Any]) -> None:
     ]
     faults += [first_line(message) for message in info.get("error_msgs") or ()]
     if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(
-            "wrong-tensors",
-            f"{base.name}: {'; '.join(faults[:3])}{more}",
-            hint="weights and config.json do not belong together",
-        )
+        raise wrong_tensors(base.name, faults)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import CheckpointError, printable
 from surgery.store.checkpoint import Checkpoint
 from surgery.store.layout import read_json
-from surgery.store.reader import Reader
+from surgery.store.reader import MemoryReader, Reader
 from surgery.store.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -174,18 +174,9 @@ class AdaptedReader:
         delta = (self._left[top:bottom] @ self._right) * self._scale
         flat = np.ascontiguousarray(delta).reshape(-1)[first - top * columns :][:count]
         stored = Sink(self.dtype, self.name, count).encode(flat.copy(), 0)
-        rounded = Source(_Bytes(self, stored, count), np.float32, count).read(0, count)
+        rounded = Source(MemoryReader(self.name, self.dtype, (count,), stored), np.float32, count).read(0, count)
         weights = Source(Sample(self._weight, [(first, count)], size), np.float32, count).read(0, count)
         view[:] = Sink(self.dtype, self.name, count).encode(weights + rounded, 0)
-
-
-class _Bytes:
-    def __init__(self, like: AdaptedReader, data: memoryview, count: int) -> None:
-        self.name, self.dtype, self.shape = like.name, like.dtype, (count,)
-        self._data = data
-
-    def into(self, view: memoryview, start: int) -> None:
-        view[:] = self._data[start : start + len(view)]
 
 
 def _matrix(reader: Reader) -> Any:

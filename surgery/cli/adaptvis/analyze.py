@@ -106,7 +106,7 @@ def _show(result: dict[str, Any]) -> None:
     for row in result["layers"]:
         rows.append(
             (row["layer"], f"{row['image_mass']:.3f}", f"{row['text_to_image_per_token']:.1f}", f"{row['entropy']:.3f}",
-             _or(row["inside"]), _auroc(row, "inside"), _auroc(row, "cosine"))
+             output.share(row["inside"]), _auroc(row, "inside"), _auroc(row, "cosine"))
         )  # fmt: skip
     output.table(header, rows)
     if first["inside_if_uniform"] is not None:
@@ -114,13 +114,12 @@ def _show(result: dict[str, Any]) -> None:
             f"\nboxes cover {first['inside_if_uniform']:.3f} of the picture, which even attention would put inside them"
         )
     sure = result["confidence"]
-    output.data(
-        f"\nconfidence  mean {sure['mean']:.3f}, AUROC {_or(sure['auroc'])}, calibration error {sure['ece']:.3f}"
-    )
+    ranks = output.share(sure["auroc"])
+    output.data(f"\nconfidence  mean {sure['mean']:.3f}, AUROC {ranks}, calibration error {sure['ece']:.3f}")
     output.table(
         ("right answer", "n", "confidence", "accuracy", "95 %"),
         [
-            (g, r["n"], f"{r['confidence']:.3f}", f"{r['accuracy']:.3f}", _pair(r["interval"]))
+            (g, r["n"], f"{r['confidence']:.3f}", f"{r['accuracy']:.3f}", output.interval(r["interval"]))
             for g, r in result["relations"].items()
         ],
     )
@@ -130,20 +129,12 @@ def _show(result: dict[str, Any]) -> None:
             ("without sight", "layers", "p before", "p after", "drop", "95 %"),
             [
                 (row["rows"], "-".join(map(str, dict.fromkeys(row["layers"]))), f"{row['before']:.3f}",
-                 f"{row['after']:.3f}", f"{row['drop']:+.3f}", _pair(row["interval"]))
+                 f"{row['after']:.3f}", f"{row['drop']:+.3f}", output.interval(row["interval"]))
                 for row in result["flow"]
             ],
         )  # fmt: skip
 
 
-def _or(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
-
-
-def _pair(pair: Any) -> str:
-    return f"[{pair[0]:.3f}, {pair[1]:.3f}]"
-
-
 def _auroc(row: dict[str, Any], score: str) -> str:
     pair = row[f"{score}_auroc_interval"]
-    return _or(row[f"{score}_auroc"]) + (f" {_pair(pair)}" if pair else "")
+    return output.share(row[f"{score}_auroc"]) + (f" {output.interval(pair)}" if pair else "")

@@ -13,7 +13,7 @@ from surgery.graph.run import check_device
 
 def ask(
     model: flags.Ckpt,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
+    image: flags.Picture,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     alpha: Annotated[
         float | None, typer.Option("--alpha", help="One alpha (ScalingVis); 1 is the model itself.")
@@ -22,7 +22,7 @@ def ask(
         float | None, typer.Option("--alpha1", help="Alpha where the confidence is below --beta.")
     ] = None,
     alpha2: Annotated[float | None, typer.Option("--alpha2", help="Alpha where it is not.")] = None,
-    beta: Annotated[float | None, typer.Option("--beta", help="Threshold of the confidence.")] = None,
+    beta: flags.Beta = None,
     layers: flags.TextLayers = None,
     heads: flags.Heads = None,
     mode: flags.Mode = "logit",

@@ -8,6 +8,8 @@ import typer
 from surgery.cli import flags, output
 from surgery.errors import UsageError
 
+_Images = Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the pictures.")]
+_Out = Annotated[Path, typer.Option("-o", "--out", metavar="FILE.jsonl", help="File to write.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what was made before.")]
 _Val = Annotated[float | None, typer.Option("--val-fraction", help="Also write val and test files, split by group.")]
 _Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
@@ -64,8 +66,8 @@ def import_whatsup(
     annotations: Annotated[
         Path, typer.Option("--annotations", metavar="FILE.json", help="The picture release's JSON, in the same order.")
     ],
-    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the pictures.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.jsonl", help="File to write.")],
+    images: _Images,
+    out: _Out,
     val_fraction: _Val = None,
     seed: _Seed = 1,
     overwrite: _Overwrite = False,
@@ -86,8 +88,8 @@ def import_whatsup(
 
 def import_vsr(
     captions: Annotated[Path, typer.Argument(metavar="CAPTIONS.jsonl", help="A file of VSR, such as test.jsonl.")],
-    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the pictures.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.jsonl", help="File to write.")],
+    images: _Images,
+    out: _Out,
     val_fraction: _Val = None,
     seed: _Seed = 1,
     overwrite: _Overwrite = False,

@@ -25,7 +25,7 @@ def evaluate(
     alpha: Annotated[float | None, typer.Option("--alpha", help="Alpha of scaling.")] = None,
     alpha1: Annotated[float | None, typer.Option("--alpha1", help="Alpha of adapt below --beta.")] = None,
     alpha2: Annotated[float | None, typer.Option("--alpha2", help="Alpha of adapt from --beta on.")] = None,
-    beta: Annotated[float | None, typer.Option("--beta", help="Threshold of the confidence.")] = None,
+    beta: flags.Beta = None,
     tuned: Annotated[
         Path | None, typer.Option("--from", metavar="TUNE.json", help="Take the numbers that adaptvis tune wrote.")
     ] = None,
@@ -243,12 +243,12 @@ def _show(result: Mapping[str, Any], match: str) -> None:
     header += ["vs base", "95 %", "p"] if len(methods) > 1 else []
     rows = []
     for name, m in methods.items():
-        row = [name, f"{m['accuracy']:.4f}", _interval(m["interval"]), f"{m['balanced']:.3f}"]
-        row += [_share(m["pair_accuracy"]), _share(m["set_accuracy"])] if many else []
+        row = [name, f"{m['accuracy']:.4f}", output.interval(m["interval"]), f"{m['balanced']:.3f}"]
+        row += [output.share(m["pair_accuracy"]), output.share(m["set_accuracy"])] if many else []
         row.append(f"{m['unparsable']:.1%}")
         if len(methods) > 1:
             g = m.get("gain")
-            row += [f"{g['difference']:+.4f}", _interval(g["interval"], "+"), f"{g['p']:.2g}"] if g else ["", "", ""]
+            row += [f"{g['difference']:+.4f}", output.change(g["interval"]), f"{g['p']:.2g}"] if g else ["", "", ""]
         rows.append(row)
     output.table(header, rows)
     if match == "both":
@@ -294,18 +294,9 @@ def _advise(methods: Mapping[str, Any]) -> None:
     """Said on stderr: no more than the intervals allow."""
     for name, m in methods.items():
         if "gain" in m and not m["gain"]["reliable"]:
-            output.note(f"note: {name}: no reliable gain or loss (95 % {_interval(m['gain']['interval'], '+')})")
+            output.note(f"note: {name}: no reliable gain or loss (95 % {output.change(m['gain']['interval'])})")
         elif "gain" in m and m["gain"]["difference"] < 0:
-            output.warn(f"{name}: worse than the plain model (95 % {_interval(m['gain']['interval'], '+')})")
+            output.warn(f"{name}: worse than the plain model (95 % {output.change(m['gain']['interval'])})")
     for name, m in methods.items():
         if m["unparsable"] > 0.05:
             output.warn(f"{name}: {m['unparsable']:.0%} of the answers are unclear; they count as wrong")
-
-
-def _interval(pair: Any, sign: str = "") -> str:
-    low, high = pair
-    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
-
-
-def _share(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"

@@ -16,7 +16,7 @@ from surgery.graph.run import check_device
 
 def draw_map(
     model: flags.Ckpt,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
+    image: flags.Picture,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked about it.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.png", help="The picture to draw.")],
     alpha: Annotated[

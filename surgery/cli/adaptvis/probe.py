@@ -130,8 +130,7 @@ def _show_rules(result: dict[str, Any]) -> None:
     rows = []
     for name in ("before", "after"):
         side = result[name]
-        low, high = side["interval"]
-        rows.append((name, f"{side['accuracy']:.4f}", f"[{low:.3f}, {high:.3f}]", f"{side['p']:.4f}"))
+        rows.append((name, f"{side['accuracy']:.4f}", output.interval(side["interval"]), f"{side['p']:.4f}"))
     output.table(("rules", "accuracy", "95 %", "p of the right answer"), rows)
     gained, change = result["gain"], result["change_interval"]
     low, high = gained["interval"]

@@ -199,9 +199,8 @@ def _show(found: Mapping[str, Any], model: str, out: Path) -> None:
         row = [method, words]
         for part in ("validation", "test"):
             figures = found[part]
-            row += (
-                [f"{figures[method]['accuracy']:.4f}", _interval(figures[method]["interval"])] if figures else ["", ""]
-            )
+            own = figures[method] if figures else None
+            row += [f"{own['accuracy']:.4f}", output.interval(own["interval"])] if own else ["", ""]
         row.append(f"{found['cross_fit'][method]:.4f}" if "cross_fit" in found else "")
         rows.append(row)
     header = ["method", "numbers", "validation", "95 %", "held out", "95 %", "cross-fitted"]
@@ -210,13 +209,13 @@ def _show(found: Mapping[str, Any], model: str, out: Path) -> None:
     output.note(f"the commonest answer is right for {shown['majority']:.1%} of {shown['n']} items")
     if found["test"]:
         gain = found["test"]["adapt_gain"]
-        words = f"held-out gain over the plain model {gain['mean']:+.4f}, 95 % {_interval(gain['interval'], '+')}"
+        words = f"held-out gain over the plain model {gain['mean']:+.4f}, 95 % {output.change(gain['interval'])}"
         output.note(f"{found['verdict']}: {words} ({gain['won']} won, {gain['lost']} lost)")
     else:
         output.note("all items were tuned on; the cross-fitted figures are the honest ones here")
         if "cross_fit" in found:
             gain = found["cross_fit"]["gain"]
-            output.note(f"cross-fitted gain {gain['mean']:+.4f}, 95 % {_interval(gain['interval'], '+')}")
+            output.note(f"cross-fitted gain {gain['mean']:+.4f}, 95 % {output.change(gain['interval'])}")
     if found.get("cross_fit", {}).get("gain", {}).get("mean", 1.0) <= 0:
         output.note(
             "tuned without an item, no policy is better on it than the plain model: leaving it unpatched is best"
@@ -226,7 +225,3 @@ def _show(found: Mapping[str, Any], model: str, out: Path) -> None:
 
 def _words(found: Mapping[str, Any]) -> str:
     return f"{found['alpha1']:g} below {found['beta']:.3f}, else {found['alpha2']:g}"
-
-
-def _interval(pair: Sequence[float], sign: str = "") -> str:
-    return f"[{pair[0]:{sign}.3f}, {pair[1]:{sign}.3f}]"

@@ -27,10 +27,7 @@ def eval_vqa(
         str, typer.Option("--prompt", help="direct (the answer alone), cot (reasons first), bare (as in the data).")
     ] = "direct",
     chat_template: flags.ChatTemplate = None,
-    group_by: Annotated[
-        list[str] | None,
-        typer.Option("--group-by", metavar="FIELD", help="Also by the values of a field; several times."),
-    ] = None,
+    group_by: flags.GroupsBy = None,
     limit: flags.DrawnItems = None,
     seed: Annotated[int, typer.Option("--seed", help="Which items --limit draws.")] = 0,
     batch: flags.BatchOfItems = 8,
@@ -123,10 +120,7 @@ def eval_vqa(
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A.jsonl", help="Records made by surgery eval vqa.")],
     b: Annotated[Path, typer.Argument(metavar="B.jsonl", help="Records of another model on the same data.")],
-    group_by: Annotated[
-        list[str] | None,
-        typer.Option("--group-by", metavar="FIELD", help="Also by the values of a field; several times."),
-    ] = None,
+    group_by: flags.GroupsBy = None,
     flips: Annotated[int, typer.Option("--flips", min=0, help="How many flipped items to list.")] = 10,
     seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every flip.")] = False,

@@ -10,7 +10,7 @@ from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import CheckpointError, Mismatch, printable
 from surgery.store.checkpoint import Checkpoint
-from surgery.store.record import undigested
+from surgery.store.record import params_text, undigested
 
 Source = Annotated[
     str, typer.Argument(metavar="CKPT", help="Folder, file, alias, hub id, or - for a path on standard input.")
@@ -174,7 +174,7 @@ def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def _tree(record: Mapping[str, Any], ancestors: dict[str, Any], tensors: bool, indent: str) -> list[str]:
     """Lines of a record and, indented, of the records that it descends from; each of `ancestors` is told once."""
     step = record["steps"][-1]
-    params = ", ".join(f"{k}={_short(v)}" for k, v in step["params"].items() if v not in (None, "", [], False))
+    params = params_text(step)
     lines = [f"{indent}└─ {step['op']} v{step['version']}  {params}  seed={step['seed']}"]
     inner = indent + "   "
     if record["digest"].startswith("derived:"):
@@ -198,7 +198,3 @@ def _tree(record: Mapping[str, Any], ancestors: dict[str, Any], tensors: bool, i
             lines.append(f"{inner}{name}")
             lines += _tree(own, ancestors, tensors, inner)
     return lines
-
-
-def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

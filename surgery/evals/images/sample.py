@@ -122,12 +122,6 @@ def balanced_labels(n: int, classes: Sequence[int] | int) -> Tensor:
     return torch.tensor([wanted[i % len(wanted)] for i in range(n)], dtype=torch.int64)
 
 
-def random_labels(n: int, classes: Sequence[int] | int, seed: int) -> Tensor:
-    """Int64 [n]: classes drawn uniformly, as in the paper's protocol."""
-    wanted = balanced_labels(classes if isinstance(classes, int) else len(classes), classes)
-    return wanted[torch.randint(len(wanted), (n,), generator=torch.Generator().manual_seed(seed))]
-
-
 def sample_generators(seed: int, start: int, stop: int) -> list[torch.Generator]:
     """One CPU generator for each sample start .. stop-1: its noise depends on `seed` and its index alone.
 

@@ -41,7 +41,7 @@ from surgery.train.grafting.capture import (
 )
 from surgery.train.grafting.operator_store import DistillResult, OperatorStore
 from surgery.train.grafting.workers import run_jobs
-from surgery.train.optim import BatchOrder, learning_rate, weights_digest
+from surgery.train.optim import BatchOrder, check_settings, learning_rate, weights_digest
 
 LOSS_OF_KIND = {"attn": "l1", "mlp": "l2", "pair": "l1"}
 """What "auto" means for each kind of operator: the paper's table 1; block pairs as in its section 6."""
@@ -112,13 +112,7 @@ class DistillSettings:
             "seed": self.seed >= 0,
             "workers": self.workers >= 1,
         }
-        for name, good in checks.items():
-            if not good:
-                raise UsageError(
-                    "bad-setting",
-                    f"distillation with {name} = {getattr(self, name)!r} is not possible",
-                    hint="see the command's --help for what it takes",
-                )
+        check_settings("distillation", self, checks)
         if self.loss != "auto":
             regression_loss(self.loss)
 
