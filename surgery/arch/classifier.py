@@ -98,6 +98,7 @@ class FeatureClassifier(nn.Module):
         return h_BF
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
+        """Logits [B, K] of images in -1 to 1."""
         logits_BK: Tensor = self.to_logits(self.features(x_BCSS))
         return logits_BK
 

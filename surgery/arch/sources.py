@@ -21,12 +21,18 @@ class Source(Protocol):
     """What every source offers; `evaluate` reads only the tensors named in `sources`."""
 
     @property
-    def sources(self) -> tuple[str, ...]: ...
+    def sources(self) -> tuple[str, ...]:
+        """Names of the tensors that it reads."""
+        ...
 
     @property
-    def random(self) -> bool: ...
+    def random(self) -> bool:
+        """Whether it draws."""
+        ...
 
-    def evaluate(self, tensors: "Mapping[str, torch.Tensor]", generator: "torch.Generator") -> "torch.Tensor": ...
+    def evaluate(self, tensors: "Mapping[str, torch.Tensor]", generator: "torch.Generator") -> "torch.Tensor":
+        """The tensor; from `tensors` by name, and what is random from `generator`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Shape:
         return tuple(each + (t < more) for t in range(self.iterations))
 
     def words(self) -> str:
+        """One line for the head of a table."""
         each = ",".join(map(str, self.topk))
         return (
             f"T={self.tokens} H={self.hidden} I={self.width} C={self.iterations} k={each} N={self.experts} "
@@ -93,6 +94,7 @@ class Report:
     not_run: list[dict[str, str]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
         return {
             "shape": asdict(self.shape) | {"topk": list(self.shape.topk), "words": self.shape.words()},
             "machine": self.machine,
@@ -281,6 +283,8 @@ class Call:
         self.function, self.inputs = function, (data.x, experts.gate_up_proj, experts.down_proj)
 
     def forward(self) -> Callable[[], Any]:
+        """A call that computes without gradients."""
+
         def call() -> None:
             with torch.no_grad():
                 self.function(*self.inputs)
@@ -288,6 +292,7 @@ class Call:
         return call
 
     def backward(self) -> Callable[[], Any]:
+        """A call that goes back through one forward pass, which is made here."""
         inputs = [t.detach().requires_grad_() for t in self.inputs]
         out = self.function(*inputs)
         grad = torch.ones_like(out)

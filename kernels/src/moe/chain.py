@@ -21,6 +21,7 @@ class Router:
     correction: torch.Tensor | None = None
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
+        """[T, N] of z [T, H], in the dtype of the weight."""
         return functional.linear(z.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -55,9 +56,11 @@ class Chain:
             raise ValueError(f"{len(self.sigma)} weights of shared experts for {len(self.topk)} iterations")
 
     def base(self, t: int) -> int:
+        """How many experts the router of iteration t chooses and normalises over."""
         return self.topk[t] if self.base_k is None else self.base_k
 
     def shared(self, t: int) -> float:
+        """What the shared experts weigh in iteration t."""
         return self.sigma[t] if self.sigma else 1.0
 
     @property
@@ -73,6 +76,7 @@ class Workspace:
     buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor of `shape` whose content is whatever was there; asked for again by `name`, it is the same memory."""
         size = 1
         for length in shape:
             size *= length

@@ -55,18 +55,22 @@ class Experts:
 
     @property
     def num_experts(self) -> int:
+        """N, shared ones included."""
         return self.gate_up_proj.shape[0]
 
     @property
     def hidden(self) -> int:
+        """H, channels in and out."""
         return self.gate_up_proj.shape[1 if self.is_transposed else 2]
 
     @property
     def width(self) -> int:
+        """I, columns of one expert between its projections."""
         return self.gate_up_proj.shape[2 if self.is_transposed else 1] // 2
 
     @property
     def clamped(self) -> bool:
+        """Whether the gate is that of gpt-oss."""
         return self.activation == "swiglu_oai"
 
     def tensors(self) -> list[torch.Tensor]:

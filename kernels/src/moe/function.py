@@ -35,6 +35,7 @@ class Rows:
     pre: torch.Tensor | None
 
     def combine(self, weights: torch.Tensor, tokens: int, top_k: int, step: Step, experts: Experts) -> None:
+        """Sum each token's products, weighed, and do the `step`."""
         number = experts.num_experts if self.plan is None else 0
         launch.combine(self.y, self.rows, weights, tokens, top_k, step, self.chosen, experts_if_pairs=number)
 

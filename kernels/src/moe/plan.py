@@ -29,6 +29,7 @@ class Plan:
 
     @property
     def num_experts(self) -> int:
+        """How many experts rows are sorted by."""
         return self.expert_start.numel() - 1
 
 

@@ -40,6 +40,7 @@ class Loaded:
 
     @property
     def tokenizer(self) -> Any:
+        """The processor itself, or the tokenizer in it."""
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
@@ -271,5 +272,6 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def first_line(err: object) -> str:
+    """The first line of another library's error, printable, without its full stop."""
     lines = str(err).strip().splitlines() or [type(err).__name__]
     return printable(lines[0], limit=200).rstrip(".")

@@ -53,6 +53,7 @@ class Sums:
     tensors: int = 0
 
     def add(self, h: Any, d: Any, merged: Any, stored: Any) -> None:
+        """One stretch of all four, flat and in float64."""
         wish, change = merged - h, stored - h
         self.elements += len(h)
         self.changed += int(np.count_nonzero(change))

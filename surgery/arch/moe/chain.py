@@ -31,6 +31,7 @@ class Chain:
 
     @property
     def route(self) -> str:
+        """How the weights of the experts become those of the iterations, in the words of config.json."""
         return "append" if self.mode == "identity" else self.mode
 
     def knobs(self) -> dict[str, Any]:

@@ -32,18 +32,22 @@ class Family:
 
     @property
     def coe_type(self) -> str:
+        """The model_type of a converted model."""
         return COE + self.model_type
 
     @property
     def config_class(self) -> str:
+        """The class of its configuration, in the file that travels with it."""
         return f"CoE{self.stem}Config"
 
     @property
     def model_class(self) -> str:
+        """The class of the model there."""
         return f"CoE{self.stem}ForCausalLM"
 
     @property
     def module(self) -> str:
+        """The file of that class, without its ending."""
         return f"modeling_coe_{self.model_type}"
 
 

@@ -295,6 +295,7 @@ class Samples:
 
     @property
     def n(self) -> int:
+        """How many samples, by images or else by features."""
         rows = self.images if self.images is not None else self.features
         return 0 if rows is None else len(rows)
 

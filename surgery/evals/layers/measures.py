@@ -96,6 +96,7 @@ class Accuracy:
         """Generation always begins at the bottom."""
 
     def values(self) -> list[float]:
+        """1 or 0 for every item, in their order."""
         out = [0.0] * len(self._items)
         for chosen in self._batches:
             asked = [self._items[i] for i in chosen]
@@ -129,6 +130,7 @@ class Likelihood:
             note("this model's layers do not run one by one; each measurement is a whole forward pass")
 
     def start(self, layer: int) -> None:
+        """Get ready for measurements in which `layer` is the lowest that is changed: those below run once."""
         if not self.cached:
             return
         if layer < self._position:
@@ -140,6 +142,7 @@ class Likelihood:
                 self._position += 1
 
     def values(self) -> list[float]:
+        """Nats for every item, in their order."""
         out = [0.0] * self._count
         for number, (chosen, batch) in enumerate(zip(self._places, self._inputs, strict=True)):
             found = self._from_cache(number, batch) if self.cached else answer_nll(self._loaded, batch)

@@ -39,6 +39,7 @@ class Tower:
 
     @property
     def layers(self) -> Sequence[nn.Module]:
+        """The blocks, from the bottom up."""
         return self.decoder.layers
 
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:
