@@ -1,4 +1,4 @@
-"""What tests of grafting share: pictures of noise, and what a run left behind."""
+"""What tests of records and of grafting share: a small graft, its record and faults, pictures of noise."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,36 @@ from typing import Any
 
 import numpy as np
 
+from surgery.graph.lineage import verify
+from surgery.graph.run import RunOptions, RunResult, run_op
+from surgery.ops.graft import Graft
 from surgery.store.checkpoint import open_checkpoint
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OP = Graft(replace=("mlp=r3",), layers="1,3", init="random")
+
+
+def graft(source: Path, out: Path | None, **options: Any) -> RunResult:
+    """A small graft of `source` without training, at `out` or a place of its own."""
+    return run_op(OP, [open_checkpoint(source, name=str(source))], out, options=RunOptions(**options))
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """The record of a folder, as it is."""
+    found: dict[str, Any] = json.loads((path / "surgery.json").read_bytes())
+    return found
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one bit of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    path.write_bytes(raw)
+
+
+def faults(path: Path) -> list[str]:
+    """What `verify` finds."""
+    return verify(open_checkpoint(path))
 
 
 def listing(folder: Path) -> set[str]:
@@ -20,7 +49,8 @@ def digest(path: str | Path) -> str:
 
 def training(folder: Path) -> dict[str, Any]:
     """What the record of a folder says of its training."""
-    return json.loads((folder / "surgery.json").read_text())["steps"][-1]["training"]
+    training: dict[str, Any] = record_of(folder)["steps"][-1]["training"]
+    return training
 
 
 def small_pictures(folder: Path, **arrays: Any) -> str:

@@ -22,7 +22,8 @@ from surgery.graph.op import Plan, TrainContext, Trained, TrainResult
 from surgery.store.checkpoint import Checkpoint
 from surgery.train.finetune import FinetuneSettings, finetune
 from surgery.train.grafting.capture import Tap
-from surgery.train.grafting.distill import LOSS_OF_KIND, DistillSettings, Target, distill
+from surgery.train.grafting.distill import LOSS_OF_KIND, distill
+from surgery.train.grafting.student import DistillSettings, Target
 from surgery.train.optim import generator_for
 
 if TYPE_CHECKING:

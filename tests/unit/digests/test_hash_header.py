@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from graft_runs import flip
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import CheckpointError, OutputError
@@ -295,14 +296,8 @@ def bare(foreign: Path, tmp_path: Path) -> Path:
     return run(CAST, foreign, tmp_path / "bare").path
 
 
-def change_a_bit(path: Path, offset: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= 1
-    path.write_bytes(raw)
-
-
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a side file": (lambda p: change_a_bit(p / "scheduler_config.json", -1), "scheduler_config.json: altered"),
+    "a side file": (lambda p: flip(p / "scheduler_config.json", -1), "scheduler_config.json: altered"),
     "the size": (lambda p: os.truncate(p / WEIGHTS, (p / WEIGHTS).stat().st_size - 2), ""),
     "the header": (
         lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes().replace(b'"format":"pt"', b'"format":"pu"')),
@@ -332,7 +327,7 @@ def test_verify_finds_a_bit_of_a_tensor_that_has_a_digest(foreign: Path, tmp_pat
     assert open_checkpoint(foreign).digest
     out = run(GRAFT, foreign, tmp_path / "out").path
     refs = open_checkpoint(out).tensors
-    change_a_bit(out / WEIGHTS, refs["proj_out_1.bias"].offset)
+    flip(out / WEIGHTS, refs["proj_out_1.bias"].offset)
     assert verify(open_checkpoint(out)) == ["tensor proj_out_1.bias: altered"]
 
 

@@ -15,7 +15,9 @@ from surgery.arch.dit.diffusion import call_model
 from surgery.data.images import ImageSet
 from surgery.errors import NonFiniteLoss, ResourceError, UsageError
 from surgery.train.grafting.capture import Cache, Tap, estimate_bytes, fill, record, record_samples, sources
-from surgery.train.grafting.distill import DistillResult, DistillSettings, Target, distill, regression_loss
+from surgery.train.grafting.distill import distill
+from surgery.train.grafting.operator_store import DistillResult
+from surgery.train.grafting.student import DistillSettings, Target, regression_loss
 from surgery.train.grafting.workers import run_jobs
 
 CONFIG = dit_config(layers=3, size=8, classes=3)

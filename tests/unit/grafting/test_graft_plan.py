@@ -340,7 +340,7 @@ def test_values_out_of_range_are_refused_before_any_work(dit: Checkpoint, fields
 
 @pytest.mark.parametrize("loss", ["auto", "l1", "l2", "huber", "huber:1", "huber:0.5", "huber:.5", "huber:2e-1"])
 def test_a_loss_that_the_plan_takes_is_one_that_training_knows(dit: Checkpoint, loss: str) -> None:
-    from surgery.train.grafting.distill import DistillSettings
+    from surgery.train.grafting.student import DistillSettings
 
     plan(dit, "attn=hyena", loss=loss, data="digits")
     DistillSettings(loss=loss)

@@ -1,9 +1,8 @@
-"""The record beside the weights: what it holds, what it ignores, and that no altered bit escapes `verify`."""
+"""The record beside the weights: what it holds, and what its digest and a node's key are of."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, nan
 from pathlib import Path
@@ -11,50 +10,18 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from graft_runs import OP, WEIGHTS, faults, flip, graft, record_of
 
-from surgery.errors import CheckpointError, OutputError, UsageError
-from surgery.graph.lineage import encode, ranges, record_digest, verify
+from surgery.errors import UsageError
+from surgery.graph.lineage import encode, ranges, verify
 from surgery.graph.op import Param, PartNames, Plan, PlanContext, SideFile, Trained, TrainResult, build_op
-from surgery.graph.run import RunOptions, RunResult, find_result, run_op
+from surgery.graph.run import RunOptions, run_op
 from surgery.ops.cast import Cast
 from surgery.ops.graft import Graft
 from surgery.ops.merge import Merge
-from surgery.store.checkpoint import Checkpoint, open_checkpoint
+from surgery.store.checkpoint import open_checkpoint
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-OP = Graft(replace=("mlp=r3",), layers="1,3", init="random")
 UNHASHED = ("created", "environment", "measured")
-
-
-def graft(source: Path, out: Path | None, **options: Any) -> RunResult:
-    return run_op(OP, [open_checkpoint(source, name=str(source))], out, options=RunOptions(**options))
-
-
-@pytest.fixture(scope="module")
-def child(tiny_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graft of `tiny_dit`. Read only."""
-    return graft(tiny_dit, tmp_path_factory.mktemp("child") / "child").path
-
-
-@pytest.fixture(scope="module")
-def pipeline_child(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graft of the whole pipeline. Read only."""
-    return graft(tiny_pipeline, tmp_path_factory.mktemp("pipe") / "child").path
-
-
-def record_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "surgery.json").read_bytes())
-    return found
-
-
-def flip(path: Path, offset: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= 1
-    path.write_bytes(raw)
-
-
-# What is recorded
 
 
 def test_the_record_has_the_fields_of_the_format(child: Path) -> None:
@@ -310,201 +277,3 @@ def test_the_file_is_laid_out_one_tensor_a_line(child: Path) -> None:
     assert sum(line.startswith('  "transformer_blocks.') for line in text.splitlines()) == sum(
         n.startswith("transformer_blocks.") for n in record["tensors"]
     )
-
-
-# Verify
-
-
-@pytest.fixture
-def copy(child: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(child, tmp_path / "copy")
-
-
-def faults(path: Path) -> list[str]:
-    return verify(open_checkpoint(path))
-
-
-def test_an_untouched_output_holds(child: Path, pipeline_child: Path) -> None:
-    assert faults(child) == [] and faults(pipeline_child) == []
-
-
-def test_a_moved_output_holds(copy: Path) -> None:
-    assert faults(copy) == []
-
-
-def test_one_flipped_bit_of_a_tensor_is_found_and_named(copy: Path) -> None:
-    ref = open_checkpoint(copy).tensors["transformer_blocks.3.ff.net.0.proj.weight"]
-    flip(copy / WEIGHTS, ref.offset + 5)
-    assert faults(copy) == ["tensor transformer_blocks.3.ff.net.0.proj.weight: altered"]
-
-
-def test_a_flipped_bit_is_found_even_if_size_and_time_are_as_before(copy: Path) -> None:
-    stat = (copy / WEIGHTS).stat()
-    assert open_checkpoint(copy).digest
-    with open(copy / WEIGHTS, "r+b") as handle:
-        handle.seek(-1, os.SEEK_END)
-        byte = handle.read(1)[0]
-        handle.seek(-1, os.SEEK_END)
-        handle.write(bytes([byte ^ 1]))
-    os.utime(copy / WEIGHTS, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert len(faults(copy)) == 1
-
-
-def test_a_change_of_the_header_that_changes_no_tensor_is_found(copy: Path) -> None:
-    raw = (copy / WEIGHTS).read_bytes()
-    assert raw.count(b'"format":"pt"') == 1
-    (copy / WEIGHTS).write_bytes(raw.replace(b'"format":"pt"', b'"format":"pu"'))
-    assert faults(copy) == [f"{WEIGHTS}: its header was altered"]
-
-
-def test_one_flipped_bit_of_a_side_file_is_found(copy: Path) -> None:
-    flip(copy / "scheduler_config.json", -1)
-    assert faults(copy) == ["scheduler_config.json: altered"]
-
-
-def test_a_longer_side_file_is_found(copy: Path) -> None:
-    with open(copy / "config.json", "a") as handle:
-        handle.write(" ")
-    assert len(faults(copy)) == 1 and "bytes, recorded" in faults(copy)[0]
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", "pytorch_model.bin", "a\nb"])
-def test_an_extra_file_is_found(copy: Path, name: str) -> None:
-    (copy / name).parent.mkdir(exist_ok=True)
-    (copy / name).write_text("x")
-    (fault,) = faults(copy)
-    assert fault.endswith(": not in the record") and "\n" not in fault
-
-
-def test_a_missing_side_file_is_found(copy: Path) -> None:
-    (copy / "scheduler_config.json").unlink()
-    assert faults(copy) == ["scheduler_config.json: missing"]
-
-
-def test_a_side_file_behind_a_link_is_found(copy: Path, tmp_path: Path) -> None:
-    shutil.move(copy / "scheduler_config.json", tmp_path / "elsewhere.json")
-    (copy / "scheduler_config.json").symlink_to(tmp_path / "elsewhere.json")
-    assert faults(copy) == ["scheduler_config.json: missing"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda r: r["steps"][0].update(seed=5),
-        lambda r: r["parents"]["tiny"].update(digest="sha256:" + "0" * 64),
-        lambda r: r["ancestors"].clear(),
-        lambda r: r.update(record="sha256:" + "0" * 64),
-    ],
-    ids=["a seed", "a parent", "the ancestors", "its digest"],
-)
-def test_an_altered_record_is_found(copy: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    record = record_of(copy)
-    change(record)
-    (copy / "surgery.json").write_text(json.dumps(record))
-    assert faults(copy) == ["surgery.json: the record was altered"]
-
-
-def test_another_digest_of_the_content_is_found_even_in_a_forged_record(copy: Path) -> None:
-    record = record_of(copy) | {"digest": "sha256:" + "0" * 64}
-    record["record"] = record_digest(record)
-    (copy / "surgery.json").write_text(json.dumps(record))
-    assert faults(copy) == ["surgery.json: the record was altered"]
-
-
-def test_tensors_that_changed_shape_came_or_went_are_named(copy: Path) -> None:
-    tensors = load_file(copy / WEIGHTS)
-    tensors["new"] = tensors.pop("proj_out_2.bias")
-    tensors["proj_out_1.bias"] = tensors["proj_out_1.bias"].reshape(2, -1)
-    save_file(tensors, copy / WEIGHTS)
-    found = "\n".join(faults(copy))
-    for fault in (
-        "tensor new: not in the record",
-        "tensor proj_out_2.bias: missing",
-        "tensor proj_out_1.bias: F32[2, 64], recorded F32[128]",
-    ):
-        assert fault in found
-
-
-def test_a_change_of_another_part_of_a_pipeline_is_found(pipeline_child: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(pipeline_child, tmp_path / "copy")
-    flip(copy / "vae" / WEIGHTS, -1)
-    assert faults(copy) == ["tensor vae/decoder.2.weight: altered"]
-
-
-def test_a_checkpoint_without_a_record_cannot_be_verified(sharded: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no surgery\.json"):
-        faults(sharded)
-
-
-def test_one_part_of_a_pipeline_is_not_verified_alone(pipeline_child: Path) -> None:
-    with pytest.raises(UsageError, match="whole pipeline"):
-        verify(open_checkpoint(pipeline_child, part="vae"))
-
-
-DAMAGE: Mapping[str, Callable[[dict[str, Any]], Any]] = {
-    "another format": lambda r: r.update(surgery=2),
-    "no steps": lambda r: r.update(steps=[]),
-    "a step without a key": lambda r: r["steps"][0].pop("key"),
-    "no files": lambda r: r["output"].clear(),
-    "a file outside": lambda r: r["output"]["files"][0].update(path="../../etc/passwd"),
-    "a tensor without digest": lambda r: next(iter(r["tensors"].values())).pop("sha256"),
-    "parents as a list": lambda r: r.update(parents=[]),
-    "a parent without digest": lambda r: r["parents"]["tiny"].clear(),
-    "a parent that does not say what made it": lambda r: r["parents"]["tiny"].pop("lineage"),
-    "changes of another kind": lambda r: r.update(changes=[3]),
-    "no ancestors": lambda r: r.pop("ancestors"),
-    "an empty ancestor": lambda r: r["ancestors"].update(x={}),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_record_is_an_error_that_names_the_file(copy: Path, name: str) -> None:
-    record = record_of(copy)
-    DAMAGE[name](record)
-    (copy / "surgery.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"surgery\.json: ") as caught:
-        _ = open_checkpoint(copy).lineage
-    assert caught.value.code == "checkpoint.bad-lineage"
-
-
-# Finding a result again
-
-
-def test_without_a_name_the_output_is_called_after_source_operation_and_key(
-    tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = graft(tiny_dit, None)
-    key = result.record["steps"][0]["key"].removeprefix("sha256:")
-    assert result.path == Path(f"tiny-graft-{key[:8]}") and not result.found
-
-
-def test_the_same_work_is_found_again_at_once(tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    first = graft(tiny_dit, None)
-    monkeypatch.setattr("surgery.graph.run.Workspace", lambda *_, **__: pytest.fail("the work was begun"))
-    again = graft(tiny_dit, None)
-    assert again.found and again.path == first.path and again.record["record"] == first.record["record"]
-
-
-def test_a_result_that_lost_a_file_is_not_taken_for_whole(
-    tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = graft(tiny_dit, None).path
-    (path / "config.json").unlink()
-    with pytest.raises(OutputError, match=r"config\.json is missing"):
-        graft(tiny_dit, None)
-    assert not graft(tiny_dit, None, overwrite=True).found and (path / "config.json").exists()
-
-
-def test_a_folder_of_that_name_with_other_work_is_not_the_result(child: Path) -> None:
-    assert find_result(child, "0" * 64) is None
-
-
-def test_a_name_with_a_part_gives_a_name_without_a_colon(
-    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    parent: Checkpoint = open_checkpoint(tiny_pipeline, part="transformer", name=f"{tiny_pipeline}:transformer")
-    assert run_op(OP, [parent], None).path.name.startswith("pipe-transformer-graft-")
