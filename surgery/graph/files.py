@@ -28,10 +28,22 @@ def file_digests(op: Op, plan: Plan, parents: Sequence[Checkpoint]) -> dict[str,
     told = {f.relative: _digest(f, origins) for f in files}
     if plan.evaluates or any(isinstance(e, Trained) for e in plan.entries):
         for number, parent in enumerate(parents):
-            told |= {f"{number}:{p.name}": p.told for p in parent.parts.values() if p.told}
-            for name in parent.side_files:
-                if not name.endswith(_READ_BY_PEOPLE):
-                    told[f"{number}:{name}"] = _digest(SideFile(name, source=str(parent.root / name)), origins)
+            told |= {f"{number}:{name}": digest for name, digest in _beside(parent, origins).items()}
+    return told
+
+
+def files_digest(checkpoint: Checkpoint) -> str:
+    """Digest of all that libraries read beside the tensors of a model: configs, tokenizer, templates. Raises
+    `CheckpointError` for a file that cannot be read."""
+    return digests.canonical_digest(_beside(checkpoint, _origins([checkpoint])))
+
+
+def _beside(checkpoint: Checkpoint, origins: Mapping[str, SideFile]) -> dict[str, str]:
+    """What stands for each of a checkpoint's side files, and for what a GGUF file says, by part."""
+    told = {part.name: part.told for part in checkpoint.parts.values() if part.told}
+    for name in checkpoint.side_files:
+        if not name.endswith(_READ_BY_PEOPLE):
+            told[name] = _digest(SideFile(name, source=str(checkpoint.root / name)), origins)
     return told
 
 

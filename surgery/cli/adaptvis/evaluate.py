@@ -11,6 +11,7 @@ from surgery.cli import flags, output
 from surgery.cli.evals.vqa import read_template
 from surgery.cli.operation import open_source
 from surgery.errors import UsageError, closest
+from surgery.graph.files import files_digest
 from surgery.graph.run import check_device
 
 _MATCH = ("strict", "reference", "both")
@@ -104,6 +105,8 @@ def evaluate(
         return
     flags.use_threads(threads)
     what = {"endpoint": model} if base is None else {"digest": f"sha256:{base.digest}", "dtype": dtype}
+    if base is not None:
+        what["config"] = files_digest(base)
     if rms_norm_eps is not None:
         what["rms_norm_eps"] = str(rms_norm_eps)
     with (

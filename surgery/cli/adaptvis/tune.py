@@ -12,6 +12,7 @@ from surgery.cli.adaptvis.ask import load_steerable
 from surgery.cli.evals.vqa import read_template
 from surgery.cli.operation import open_source
 from surgery.errors import UsageError, closest
+from surgery.graph.files import files_digest
 from surgery.graph.run import check_device
 
 _MATCH = {"strict": "right", "reference": "reference"}
@@ -117,7 +118,7 @@ def tune(
     asking = Asking(
         patch=patch, answer=answer, template=read_template(chat_template), max_new_tokens=max_new_tokens, batch=batch
     )
-    what = {"digest": f"sha256:{base.digest}", "dtype": dtype, "alphas": values}
+    what = {"digest": f"sha256:{base.digest}", "config": files_digest(base), "dtype": dtype, "alphas": values}
     what |= {"confidence": confidence, "confidence_decimals": confidence_decimals}
     with output.Progress() as report:
         rows = evaluate(

@@ -300,6 +300,7 @@ def _kept(
     from surgery.evals.layers.measures import Kept
     from surgery.evals.records import Records, fingerprint
     from surgery.evals.vqa.evaluate import asked
+    from surgery.graph.files import files_digest
 
     if path is None:
         yield Kept()
@@ -308,6 +309,7 @@ def _kept(
     settings = what | {
         "template": fingerprint(template) if template else None,
         "model": f"sha256:{model.digest}",
+        "config": files_digest(model),
         "other": f"sha256:{other.digest}" if other else None,
         "items": fingerprint([asked(item) for item in items]),
     }

@@ -10,6 +10,7 @@ from surgery.evals.records import Records, fingerprint
 from surgery.evals.vqa.answers import extract, is_right
 from surgery.evals.vqa.prompts import check_images, render
 from surgery.evals.vqa.rows import Item, values_of
+from surgery.graph.files import files_digest
 from surgery.store.checkpoint import Checkpoint
 
 Report = Callable[[str, Mapping[str, float]], None]
@@ -40,7 +41,7 @@ def evaluate(
     """
     settings = {
         "model": f"sha256:{base.digest}",
-        "config": fingerprint(base.config_digest()),
+        "config": files_digest(base),
         "prompt": prompt,
         "chat_template": None if template is None else fingerprint(template),
         "max_new_tokens": max_new_tokens,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vlm_pairs
 from PIL import Image
 from tiny_gguf import TEMPLATE, save_gguf
 
@@ -149,6 +150,19 @@ def test_what_models_are_called_and_where_they_lie_changes_no_key(
             assert ended.code == 0, ended.stderr
             keys.append(json.loads(ended.stdout)["key"])
     assert keys[:2] == keys[2:] and keys[0] != keys[1]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_how_a_model_is_cut_into_files_changes_no_key(command: Callable[..., Any], tmp_path: Path) -> None:
+    keys = set()
+    for shards in (1, 3):
+        pair = vlm_pairs.make_pair(tmp_path / str(shards), "llava", shards=shards)
+        ended = command("merge", pair.host, pair.donor, "--json")
+        assert ended.code == 0, ended.stderr
+        keys.add(json.loads(ended.stdout)["key"])
+        assert Path(json.loads(ended.stdout)["path"], "model.safetensors.index.json").exists() is (shards > 1)
+        shutil.rmtree(json.loads(ended.stdout)["path"])
+    assert len(keys) == 1
 
 
 @pytest.mark.usefixtures("own_cache")
