@@ -41,6 +41,15 @@ main()
 """
 
 
+def killed(tmp_path: Path, words: list[Any]) -> Path:
+    """The folder that a run leaves which is killed in its work; -o is "out"."""
+    line = [sys.executable, "-c", KILLED, *map(str, words), "-o", "out"]
+    assert subprocess.run(line, cwd=tmp_path, timeout=200).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    (folder,) = tmp_path.glob(".out.surgery-*")
+    return folder
+
+
 def noted_in(folder: Path) -> dict[str, str | None]:
     """The tensors that the journal of a run names, with their digests."""
     path = folder / "journal.jsonl"
@@ -73,9 +82,7 @@ def test_tensors_without_digests_are_taken_once_they_are_synced(
         assert all(open_checkpoint(model).digest for model in (pair.host, pair.donor))
     words = ["merge", pair.host, pair.donor, "--hash", "header", "--workers", "1"]
     assert command(*words, "-o", "whole").code == 0
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words), "-o", "out"], cwd=tmp_path, timeout=200)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    (folder,) = tmp_path.glob(".out.surgery-*")
+    folder = killed(tmp_path, words)
     noted = noted_in(folder)
     marked = {name for name, sha in noted.items() if sha is None}
     merged = {n for n in marked if ".layers." in n}
@@ -93,9 +100,7 @@ def test_a_run_with_digests_trusts_nothing_that_has_none(tmp_path: Path, command
         assert open_checkpoint(model).digest  # known: the work has one key with and without
     words = ["merge", pair.host, pair.donor, "--workers", "1"]
     assert command(*words, "-o", "whole").code == 0
-    header = [sys.executable, "-c", KILLED, *map(str, words), "--hash", "header", "-o", "out"]
-    assert subprocess.run(header, cwd=tmp_path, timeout=200).returncode == -signal.SIGKILL
-    (folder,) = tmp_path.glob(".out.surgery-*")
+    folder = killed(tmp_path, [*words, "--hash", "header"])
     digested = {name for name, sha in noted_in(folder).items() if sha is not None}
     spoil(folder, but=digested)
     ended = command(*words, "-o", "out", "--resume")
@@ -109,10 +114,7 @@ def test_a_run_without_digests_goes_on_with_one_that_has_them(tmp_path: Path, co
         assert open_checkpoint(model).digest  # known: the work has one key with and without
     words = ["merge", pair.host, pair.donor, "--workers", "1"]
     assert command(*words, "-o", "whole").code == 0
-    full = [sys.executable, "-c", KILLED, *map(str, words), "-o", "out"]
-    assert subprocess.run(full, cwd=tmp_path, timeout=200).returncode == -signal.SIGKILL
-    (folder,) = tmp_path.glob(".out.surgery-*")
-    noted = noted_in(folder)
+    noted = noted_in(killed(tmp_path, words))
     ended = command(*words, "-o", "out", "--resume", "--hash", "header", "--json")
     shown = json.loads(ended.stdout)
     tensors = json.loads((tmp_path / "out" / "surgery.json").read_text())["tensors"]
