@@ -353,7 +353,7 @@ def test_help_and_version_go_to_standard_output(command: Command) -> None:
 
 
 def test_every_command_explains_itself_with_an_example(command: Command) -> None:
-    from surgery.cli.main import COMMANDS, GROUPS
+    from surgery.cli.table import COMMANDS, GROUPS
 
     def leaves(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
         for name, (_, members) in table.items():

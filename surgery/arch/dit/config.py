@@ -1,7 +1,7 @@
 """Diffusion transformers as diffusers stores them: family, sizes, tensor names and shapes, from `config.json` alone.
 
 Covers `DiTTransformer2DModel`, `PixArtTransformer2DModel`, the old `Transformer2DModel` where it means one of the two,
-and our grafted forms of both. Standard library only; torch is imported inside `init_stock_tensor`'s sources.
+and our grafted forms of both. Standard library only; torch is imported by the sources, where values are drawn.
 
 A grafted configuration names the class `Surgery<stock class>`, lists its operators under `surgery_grafts`, and prefixes
 `norm_type` with "surgery:", so that the stock class refuses it instead of loading it with random operators.
@@ -26,7 +26,7 @@ from surgery.arch.sources import Constant, Fresh, Normal, Shape, Uniform
 from surgery.errors import CheckpointError, UsageError, closest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 SLOT_MODULES = {"attn": "attn1", "mlp": "ff"}
 CLASS_PREFIX = "Surgery"
@@ -131,7 +131,6 @@ class Dims:
     out_channels: int
     sample_size: int
     patch_size: int
-    mlp_ratio: int = 4
 
     @property
     def place(self) -> dict[str, int]:
@@ -395,16 +394,6 @@ def stock_init(name: str, shapes: Mapping[str, Shape]) -> Fresh:
     if len(weight) == 1:
         return Constant(shape, 0.0 if is_bias else 1.0)
     return Uniform(shape, 1 / math.sqrt(math.prod(weight[1:])))
-
-
-def init_stock_tensor(
-    name: str, shape: Shape, shapes: Mapping[str, Shape], generator: "torch.Generator"
-) -> "torch.Tensor":
-    """One stock tensor (float32) with the distribution of `stock_init`, drawn from `generator` alone.
-
-    `shapes` holds the shapes of the whole model: a bias needs that of its weight.
-    """
-    return stock_init(name, {**shapes, name: tuple(shape)}).evaluate({}, generator)
 
 
 def initial_values(config: Mapping[str, Any]) -> dict[str, Fresh]:

@@ -1,7 +1,7 @@
 """What is declared of an operator that a graft can use: arguments, tensors, cost, fresh values, warm start.
 
 `OperatorSpec` is the frame and `operators.py` the list of operators. Standard library only; torch is imported by
-`build` and through the sources by `init_tensor`.
+`build` and where the sources draw.
 """
 
 import math
@@ -100,27 +100,10 @@ class OperatorSpec:
         at, full = self._place(dim, heads, n_tokens, args)
         return self.cost_of(at, full)
 
-    def init_tensor(
-        self,
-        name: str,
-        shape: Shape,
-        generator: "torch.Generator",
-        *,
-        dim: int,
-        heads: int,
-        n_tokens: int,
-        **args: Any,
-    ) -> "torch.Tensor":
-        """One tensor (float32) with the distribution of the operator's constructor, drawn from `generator` alone."""
-        value = self.layout(dim=dim, heads=heads, n_tokens=n_tokens, **args)[name]
-        if value.shape != tuple(shape):
-            raise UsageError("bad-operator", f"{self.name}: {name} has shape {value.shape}, not {tuple(shape)}")
-        return value.evaluate({}, generator)
-
     def build(
         self, *, dim: int, heads: int, n_tokens: int, generator: "torch.Generator | None" = None, **args: Any
     ) -> "nn.Module":
-        """The module, float32, every tensor drawn by `init_tensor` in layout order; torch's global state is not used.
+        """The module, float32, every tensor drawn in the order of the layout; torch's global state is not used.
 
         Without a generator the seed is 0. Under `torch.device("meta")` nothing is drawn.
         """

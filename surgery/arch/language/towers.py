@@ -76,7 +76,6 @@ class TowerMap:
     `by_class`: the class that said where the host's tower is, "" where its names did."""
 
     host_prefix: str
-    donor_prefix: str
     layers: Mapping[int, int]
     names: Mapping[str, tuple[str, str]]
     host_only: Mapping[str, str] = field(default_factory=dict)
@@ -283,7 +282,6 @@ class _Fit:
         donor_only |= {name: canonical for canonical, name in theirs.names.items() if canonical not in self.tower.names}
         return TowerMap(
             self.tower.prefix,
-            theirs.prefix,
             self.layers,
             names,
             host_only,

@@ -13,10 +13,10 @@ from surgery.arch.dit.config import (
     Dims,
     family,
     grafts,
-    init_stock_tensor,
     initial_values,
     resolve_graft,
     slot_prefix,
+    stock_init,
     stock_operator,
     tensor_shapes,
 )
@@ -194,7 +194,7 @@ def test_fresh_stock_tensors_are_distributed_as_diffusers_draws_them(config: Any
     reference = getattr(diffusers, config["_class_name"])(**fields).state_dict()
     shapes, draw = tensor_shapes(config), torch.Generator().manual_seed(1)
     for name, theirs in reference.items():
-        ours = init_stock_tensor(name, shapes[name], shapes, draw)
+        ours = stock_init(name, shapes).evaluate({}, draw)
         spread = theirs.std() if theirs.numel() > 1 else theirs.abs()
         noise = 6 * spread / math.sqrt(theirs.numel()) + 1e-6
         assert abs(ours.mean() - theirs.mean()) < 2 * noise, name

@@ -232,9 +232,10 @@ def test_fresh_values_are_distributed_as_the_constructor_draws_them(text: str) -
     constructed = modeling.OPERATORS[spec.name](64, 4, 16, **args).state_dict()
     assert list(constructed) == list(spec.tensors(**place, **args))
     for name, theirs in constructed.items():
-        ours = spec.init_tensor(name, tuple(theirs.shape), draw(1), **place, **args)
+        source = spec.layout(**place, **args)[name]
+        ours = source.evaluate({}, draw(1))
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        if not spec.layout(**place, **args)[name].random:
+        if not source.random:
             assert torch.allclose(ours, theirs), name
             continue
         noise = 6 * theirs.std() / math.sqrt(theirs.numel())
