@@ -112,9 +112,9 @@ def demo(
             output.note(f"[{i}/{len(rows)}{f', seed {seed}' if len(chosen) > 1 else ''}] {row.label}")
             folder = out / f"seed{seed}" if len(chosen) > 1 else out
             measured[row.label].append(_row(row, source, base, folder, seed, n, commands))
-    report = _report(measured, rows, source, out, n, chosen)
+    report = _report(measured, rows, source, out, chosen)
     report["seconds"] = round(time.monotonic() - started, 1)
-    _pictures(measured, rows, out, chosen[0])
+    _pictures(measured, rows, out)
     _write_text(out / "commands.sh", "\n".join([f"export OMP_NUM_THREADS={_THREADS}", *commands]) + "\n")
     _write_text(out / "table.json", json.dumps(report, indent=2) + "\n")
     if as_json:
@@ -211,7 +211,6 @@ def _report(
     rows: Sequence[Row],
     source: Checkpoint,
     out: Path,
-    n: int,
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     from surgery.evals.ordering import check_order, estimate
@@ -267,7 +266,7 @@ def _claims(labels: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _pictures(measured: Mapping[str, list[dict[str, Any]]], rows: Sequence[Row], out: Path, seed: int) -> None:
+def _pictures(measured: Mapping[str, list[dict[str, Any]]], rows: Sequence[Row], out: Path) -> None:
     from surgery.evals.images.sample import load_samples
     from surgery.evals.pictures import curves, side_by_side
 

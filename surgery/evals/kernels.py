@@ -142,7 +142,7 @@ def measure(
             call = data.experts_call(name, assignment) if what == "experts" else data.layer_call(name, what == "layer")
             if direction == directions[0]:
                 data.verify(call, data.experts_call("loop", assignment) if what == "experts" else None)
-            found.rows.append(_row(name, what, assignment, direction, call, shape, clock, bound, roof, data))
+            found.rows.append(_row(name, what, assignment, direction, call, shape, clock, bound, roof))
         except Exception as err:
             # Others' code fails in ways of its own; ours may run out of memory or refuse, and nothing else.
             if name in OURS and not isinstance(err, RuntimeError | ValueError | MemoryError):
@@ -299,7 +299,7 @@ class Call:
         return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
-def _row(name, what, assignment, direction, call: Call, shape, clock: Clock, bound, roof, data: _Data) -> Row:
+def _row(name, what, assignment, direction, call: Call, shape, clock: Clock, bound, roof) -> Row:
     run = call.forward() if direction == "forward" else call.backward()
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -378,7 +378,7 @@ def _refusal(name: str, data: _Data) -> str:
     if name == "triton" and interpreting():
         return "TRITON_INTERPRET is set; how long the interpreter takes says nothing"
     if name in OURS:
-        return why_not(name, data.x, data.experts)
+        return why_not(name, data.experts)
     cuda = data.device.startswith("cuda")
     if name == "batched_mm":
         item = torch.empty(0, dtype=data.dtype).element_size()

@@ -77,7 +77,7 @@ class AdaptVis:
                 f"{base.name}: has a custom_generate/generate.py of its own, which the patch would replace",
                 hint="a checkpoint has one way to generate: remove that folder from a copy first",
             )
-        tuned = self._tuned(base)
+        tuned = self._tuned()
         spec, warnings = self._spec(base, tuned, layers, heads)
         part = base.part()
         assert part.config_file is not None
@@ -130,7 +130,7 @@ class AdaptVis:
         """What is said before the work starts: the same."""
         return self.describe(plan)
 
-    def _tuned(self, base: Checkpoint) -> dict[str, Any]:
+    def _tuned(self) -> dict[str, Any]:
         """What the file of --from says, explicit options on top."""
         values: dict[str, Any] = {}
         if self.from_ is not None:

@@ -98,15 +98,15 @@ def check_answers(base: Checkpoint, model: Any, inputs: Mapping[str, Any]) -> li
     differ from the unpatched ones, switching off must give exactly those, and the folder's own code must do the same as
     ours. The folder's code is run only if it is this version's, byte for byte."""
     spec = dict(base.config["adaptvis"])
-    rule, policy, _ = patch_of(base)
+    _, policy, _ = patch_of(base)
     with refusals():
         plain = type(model).generate(model, **inputs, **_CHECKED).logits
         off = patched(model=model, adaptvis=False, **inputs, **_CHECKED).logits
         faults = [] if _same(plain, off) else ["switched off, the patch still changes the answer"]
         carried = None if carried_faults(base) else model.load_custom_generate(str(base.root), trust_remote_code=True)
-        for name, forced in _branches(policy, spec):
+        for name, forced in _branches(spec):
             ours = patched(model=model, **forced, **inputs, **_CHECKED).logits
-            acts = _acts(rule, policy, name)
+            acts = _acts(policy, name)
             if acts and torch.equal(ours[0], plain[0]):
                 faults.append(f"{name}: the answer is that of the unpatched model")
             if carried is not None and not _same(carried(model=model, **forced, **inputs, **_CHECKED).logits, ours):
@@ -114,7 +114,7 @@ def check_answers(base: Checkpoint, model: Any, inputs: Mapping[str, Any]) -> li
     return faults
 
 
-def _branches(policy: Policy, spec: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+def _branches(spec: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """Each alpha of the patch, and what makes a call take it."""
     if spec.get("scale") is not None:
         return [("scale", {})]
@@ -122,7 +122,7 @@ def _branches(policy: Policy, spec: Mapping[str, Any]) -> list[tuple[str, dict[s
     return [(name, {"adaptvis_beta": beta, "adaptvis_tau": None}) for name, beta in always.items()]  # type: ignore[dict-item]
 
 
-def _acts(rule: Rule, policy: Policy, name: str) -> bool:
+def _acts(policy: Policy, name: str) -> bool:
     """Whether this branch changes anything by definition."""
     return (policy.alpha1 if name in ("scale", "alpha1") else policy.alpha2) != 1.0
 

@@ -34,7 +34,7 @@ def experts_forward(
     """
     experts, reason = _experts(self)
     if experts is not None:
-        reason = why_not("triton", hidden_states, experts)
+        reason = why_not("triton", experts)
     if experts is None or reason:
         return _fall_back(self, reason, hidden_states, top_k_index, top_k_weights)
     return routed_experts(

@@ -30,7 +30,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def why_not(backend: str, hidden: torch.Tensor, experts: Experts) -> str:
+def why_not(backend: str, experts: Experts) -> str:
     """Why `backend` cannot compute these experts here; empty when it can."""
     weight = experts.gate_up_proj
     if backend not in BACKENDS:
@@ -68,8 +68,8 @@ def choose(backend: str, hidden: torch.Tensor, experts: Experts) -> str:
     """`backend`, or for `auto` the first of triton (on CUDA), grouped_mm, loop that can. Raises ValueError if none."""
     if backend == "auto":
         order = ("triton", "grouped_mm", "loop") if hidden.is_cuda else ("grouped_mm", "loop")
-        return next(name for name in order if not why_not(name, hidden, experts))
-    reason = why_not(backend, hidden, experts)
+        return next(name for name in order if not why_not(name, experts))
+    reason = why_not(backend, experts)
     if reason:
         raise ValueError(f"{reason} (weights {tuple(experts.gate_up_proj.shape)}, hidden {tuple(hidden.shape)})")
     return backend

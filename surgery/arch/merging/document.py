@@ -46,7 +46,7 @@ def plan_document(
     for parent in parents:
         plain_model(parent)
         refuse_quantised(parent)
-    document = read_document(text, parents)
+    document = read_document(text)
     _check_sources(document, parents)
     adapters = {key: open_adapter(parents[key[1]], parents[key[0]]) for key in document.inputs() if key[1] is not None}
     if arithmetic == "mergekit":
@@ -76,7 +76,7 @@ def plan_document(
     return plan
 
 
-def read_document(text: str, parents: Sequence[Checkpoint]) -> Document:
+def read_document(text: str) -> Document:
     """The document with every form turned into slices. Raises `UsageError` for what does not fit the models."""
     try:
         given = json.loads(text)

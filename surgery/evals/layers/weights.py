@@ -87,7 +87,7 @@ def ablation(tower: Tower, layer: int, module: str, how: str, other: "OtherTower
         if how == "zero":
             last = [(name, p) for name, p in found if name.rsplit(".", 1)[-1] in _LAST]
             if not last:
-                raise _unknown(tower, layer, part)
+                raise _unknown(layer, part)
             writes += [(p, 0.0) for name, _ in last for p in _with_bias(part, name)]
         else:
             writes += [(p, 1.0 / p.shape[-2]) for _, p in found]
@@ -176,7 +176,7 @@ def _with_bias(part: nn.Module, owner: str) -> Iterator[nn.Parameter]:
     yield from (named[n] for n in (owner, f"{owner}.weight", f"{owner}.bias", f"{owner}_bias") if n in named)
 
 
-def _unknown(tower: Tower, layer: int, part: nn.Module) -> CheckpointError:
+def _unknown(layer: int, part: nn.Module) -> CheckpointError:
     names = ", ".join(name for name, _ in _projections(part)) or "none"
     return CheckpointError(
         "no-module",

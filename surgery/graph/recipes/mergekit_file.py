@@ -291,7 +291,7 @@ class _Reader:
             self._keys(value, ("model", "lora", "path", "revision", "override_architecture"), at)
             model = value if "path" in value else value.get("model")
             lora = value.get("lora")
-            texts = [self._path(v, at) for v in (model, lora) if v is not None]
+            texts = [_path(v) for v in (model, lora) if v is not None]
         elif isinstance(value, str) and value:
             texts = model_and_adapter(value)
         else:
@@ -304,12 +304,6 @@ class _Reader:
                 self.sources.append(text)
             indexes.append(self.sources.index(text))
         return indexes[0] if len(indexes) == 1 else indexes
-
-    def _path(self, value: Any, at: tuple[Any, ...]) -> str:
-        if isinstance(value, Mapping):
-            revision = value.get("revision")
-            return f"{value.get('path', '')}@{revision}" if revision else str(value.get("path", ""))
-        return str(value)
 
     def _keys(self, body: Mapping[str, Any], known: tuple[str, ...], at: tuple[Any, ...]) -> None:
         for key in body:
@@ -335,3 +329,10 @@ class _Reader:
 
     def _fault(self, at: tuple[Any, ...], what: str, hint: str) -> Exception:
         return fault(self.path, self._line(at), what, hint=hint)
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, Mapping):
+        revision = value.get("revision")
+        return f"{value.get('path', '')}@{revision}" if revision else str(value.get("path", ""))
+    return str(value)
