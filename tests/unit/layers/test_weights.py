@@ -85,6 +85,7 @@ def test_donor_is_the_other_models_layer(vlm: Loaded, tiny_llama: Path, module: 
                 donor.read(name.replace("model.language_model", "model")) if inside and part in name else before[name]
             )
             assert torch.equal(parameter, wanted), name
+        assert any(not torch.equal(parameter, before[name]) for name, parameter in vlm.model.named_parameters())
 
 
 @pytest.mark.parametrize("how", ["zero", "uniform", "donor"])

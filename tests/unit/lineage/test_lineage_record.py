@@ -47,8 +47,9 @@ def test_every_file_is_listed_and_no_other(child: Path) -> None:
 
 
 def test_every_tensor_is_listed_with_the_digest_of_its_bytes(child: Path) -> None:
-    checkpoint = open_checkpoint(child)
-    for name, row in record_of(child)["tensors"].items():
+    checkpoint, listed = open_checkpoint(child), record_of(child)["tensors"]
+    assert listed.keys() == checkpoint.tensors.keys()
+    for name, row in listed.items():
         ref = checkpoint.tensors[name]
         assert row == {"sha256": checkpoint.hash_tensor(ref), "dtype": ref.dtype, "shape": list(ref.shape)}
 
