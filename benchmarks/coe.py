@@ -57,15 +57,23 @@ def conversion() -> list[dict[str, object]]:
     ]
 
 
+def products(experts: Any, rows: int) -> None:
+    """Every expert's weights times so many rows, by torch.mm."""
+    import torch
+
+    for up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+        torch.mm(torch.ones(rows, up.shape[1]), up.t())
+        torch.mm(torch.ones(rows, down.shape[1]), down.t())
+
+
 def layers() -> list[dict[str, object]]:
-    """Unconverted, converted and not trained yet, converted and trained (alpha no longer zero); for the last also the
-    experts' products alone, two calls of half the rows against one.
+    """Unconverted, converted and not trained yet, converted and trained (alpha no longer zero). For the last also what
+    sets its price: the experts alone, two calls of half the rows against one, and torch's products alone, every
+    expert's weights times half the rows, twice, against once times all, rows shared out evenly.
 
     Until training moves alpha, both passes read the same z and go through the experts together. Afterwards pass 2
-    waits for what pass 1 returned: an expert has half as many rows at a time, so its product is less efficient and its
-    weights are read twice. The products alone are most of that price, and no order of the work was found that lowers
-    it: a loop over the experts, the second pass in the opposite order (weights still in cache) and the product
-    transposed all took longer than grouped_mm.
+    waits for what pass 1 returned: an expert has half as many rows at a time. A product first brings the weights into
+    the order it computes in, which costs the same for any number of rows, and so is paid twice.
     """
     import torch
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
@@ -102,18 +110,20 @@ def layers() -> list[dict[str, object]]:
             second = (flat, index[:, k // 2 :].contiguous(), weights[:, k // 2 :].contiguous())
             calls: list[list[tuple[Any, tuple[Any, ...]]]] = [[(block, (x,))] for block in made]
             calls += [[(experts, (flat, index, weights))], [(experts, first), (experts, second)]]
+            count = tokens * k // n
+            calls += [[(products, (experts, count))], [(products, (experts, count // 2))] * 2]
             seconds: list[list[float]] = [[] for _ in calls]
             with torch.no_grad():
-                for _ in range(15 if h < 1024 else 5):
+                for _ in range(max(9, 15360 // h)):  # the smaller the layer, the more its time wavers
                     for number, call in enumerate(calls):
                         began = time.thread_time()
                         for function, inputs in call:
                             function(*inputs)
                         seconds[number].append(time.thread_time() - began)
-            plain, fresh, trained, whole, halves = (statistics.median(s[1:]) for s in seconds)
+            plain, fresh, trained, whole, halves, all_rows, half_rows = (statistics.median(s[1:]) for s in seconds)
             what = f"split layer H={h} I={inner} N={n} K={k} T={tokens}"
             rows.append(row(f"{what}, converted", fresh / plain, "x", 1.15, f"{plain * 1e3:.1f} ms unconverted"))
-            note = f"of it the products alone {halves / whole:.2f}x"
+            note = f"the experts alone {halves / whole:.2f}x, torch's products alone {half_rows / all_rows:.2f}x"
             rows.append(row(f"{what}, trained", trained / plain, "x", 1.15, note))
     return rows
 
