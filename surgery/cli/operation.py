@@ -15,6 +15,7 @@ import typer
 from surgery.cli import output
 from surgery.errors import UsageError, printable
 from surgery.graph.evaluation import check_no_report
+from surgery.graph.machine import check_device
 from surgery.graph.op import (
     Param,
     Plan,
@@ -25,7 +26,7 @@ from surgery.graph.op import (
     parent_range,
     shown_name,
 )
-from surgery.graph.run import RunOptions, RunResult, check_device, check_plan, run_op
+from surgery.graph.run import RunOptions, RunResult, check_plan, run_op
 from surgery.graph.shards import parse_size
 from surgery.ops.table import load_op
 from surgery.store.checkpoint import Checkpoint

@@ -6,16 +6,12 @@ written as they come. Results do not depend on the number of workers.
 
 import hashlib
 import os
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache as cache_in_memory
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from surgery import __version__
-from surgery.errors import CheckpointError, OutputError, ResourceError, UsageError, printable
+from surgery.errors import CheckpointError, OutputError, printable
 from surgery.graph.engine.budget import memory_budget
 from surgery.graph.engine.cluster import engine_named
 from surgery.graph.engine.jobs import Jobs, Owner, plan_jobs
@@ -25,6 +21,7 @@ from surgery.graph.evaluation import check_no_report
 from surgery.graph.files import check_copied, file_digests, settled
 from surgery.graph.known import Known, check_unchanged, identities, known_digests
 from surgery.graph.lineage import encode, make_record, node_key
+from surgery.graph.machine import check_device, installed, machine
 from surgery.graph.op import (
     Given,
     Op,
@@ -213,15 +210,7 @@ def _keep_tensors(out: Path, shards: list[Shard], keys: Mapping[str, str], hashe
 
 def run_environment(options: RunOptions) -> dict[str, Any]:
     """What a record says of the circumstances; it is no part of the record's digest."""
-    return {
-        "surgery": __version__,
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "processor": _processor(),
-        "device": options.device,
-        "threads": options.threads,
-        "shard_size": options.shard_size,
-    }
+    return machine() | {"device": options.device, "threads": options.threads, "shard_size": options.shard_size}
 
 
 def plan_key(
@@ -229,7 +218,7 @@ def plan_key(
 ) -> str:
     """The node's key; hashes parents whose digests are not known yet, unless the options say that headers do. `files`
     are their digests, if they were made before."""
-    release = ".".join(_version("torch").split(".")[:2])
+    release = ".".join(installed("torch").split(".")[:2])
     return node_key(
         op=op.name,
         version=op.version,
@@ -304,20 +293,6 @@ def check_place(out: Path, parents: list[Checkpoint]) -> None:
             raise OutputError(
                 "inside-parent", f"{out}: lies inside or above {parent.name}, which is read", hint="name another -o"
             )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there; "cpu" costs no import."""
-    if device == "cpu":
-        return
-    kind = device.split(":")[0]
-    if kind not in ("cuda", "mps", "xpu"):
-        raise UsageError("device", f"unknown device '{printable(device)}'", hint="cpu, cuda, cuda:0, mps")
-    import torch
-
-    backend = getattr(torch, kind, None) or getattr(torch.backends, kind)
-    if not backend.is_available():
-        raise ResourceError("no-device", f"no {kind} device is available here", hint="use --device cpu")
 
 
 def _train(
@@ -470,23 +445,3 @@ def _side_files(
     names = sorted({*contents, *(f.relative for f in (*plan.files, *extra))})
     out = space.folder / "out"
     return [{"path": n, "size": (out / n).stat().st_size, "sha256": digests.file_digest(out / n)} for n in names]
-
-
-def _processor() -> str:
-    """The kind of processor as its maker numbers it: libraries of matrix work choose their order of sums by it."""
-    words = [platform.machine()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return words[0]
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    keys = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
-    return printable(" ".join(words + [found[key] for key in keys if key in found]))
-
-
-@cache_in_memory
-def _version(package: str) -> str:
-    try:
-        return installed_version(package)
-    except ModuleNotFoundError:
-        return "not installed"

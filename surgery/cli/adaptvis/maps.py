@@ -11,7 +11,7 @@ from surgery.cli.adaptvis.evaluate import settings_of
 from surgery.cli.evals.vqa import read_template
 from surgery.cli.operation import open_source
 from surgery.errors import UsageError
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 
 
 def draw_map(

@@ -10,7 +10,7 @@ from surgery.cli import flags, output
 from surgery.cli.evals.vqa import read_template
 from surgery.cli.operation import open_source
 from surgery.errors import UsageError
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 
 
 def probe_attention(

@@ -13,7 +13,7 @@ from surgery.cli.evals.vqa import read_template
 from surgery.cli.operation import open_source
 from surgery.errors import UsageError, closest
 from surgery.graph.files import files_digest
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 
 _MATCH = {"strict": "right", "reference": "reference"}
 _NEXT = "surgery adaptvis attach {model} --from {out} -o OUT"

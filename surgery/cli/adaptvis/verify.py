@@ -8,7 +8,7 @@ from surgery.cli import flags, output
 from surgery.cli.adaptvis.ask import encode_question, load_steerable
 from surgery.cli.operation import open_source
 from surgery.errors import Mismatch
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 from surgery.store.record import undigested
 
 

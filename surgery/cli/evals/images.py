@@ -8,7 +8,7 @@ import typer
 from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import UsageError
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 
 
 def sample(

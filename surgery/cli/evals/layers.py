@@ -13,7 +13,7 @@ from surgery.cli import flags, output
 from surgery.cli.evals.vqa import check_groups, read_template
 from surgery.cli.operation import open_source
 from surgery.errors import UsageError
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 
 _MODEL_HELP = "Folder, alias, hub id, or - for a path on standard input."
 _Eval = Annotated[

@@ -9,7 +9,7 @@ import typer
 from surgery.cli import flags, output
 from surgery.cli.operation import open_source
 from surgery.errors import CheckpointError, SurgeryError, UsageError
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 
 
 def eval_vqa(

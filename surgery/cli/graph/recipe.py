@@ -8,7 +8,8 @@ import typer
 
 from surgery.cli import flags, output
 from surgery.cli.operation import HASH, check_words, note_alone, note_undigested, open_source
-from surgery.graph.run import RunOptions, RunResult, check_device
+from surgery.graph.machine import check_device
+from surgery.graph.run import RunOptions, RunResult
 from surgery.graph.shards import parse_size
 from surgery.steps import load_step
 from surgery.store.layout import REPORT_FILE, read_json

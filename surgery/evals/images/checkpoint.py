@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import UsageError
-from surgery.graph.run import check_device
+from surgery.graph.machine import check_device
 
 
 def sample_to_file(

@@ -14,6 +14,7 @@ from typing import Any
 from surgery.errors import printable
 from surgery.graph.evaluation import check_no_report
 from surgery.graph.files import file_digests, settled
+from surgery.graph.machine import installed
 from surgery.graph.op import Given, Op, Plan, PlanContext, Trained, resolved_params
 from surgery.graph.planned import Planned, PlannedStep, planned_checkpoint
 from surgery.graph.recipes.recipe import Recipe, Step
@@ -24,7 +25,6 @@ from surgery.graph.run import (
     find_result,
     is_hashing,
     plan_key,
-    run_environment,
 )
 from surgery.store import cache
 from surgery.store.checkpoint import Checkpoint, open_checkpoint
@@ -195,7 +195,7 @@ def about(node: Node) -> dict[str, Any]:
         "parents": dict(zip(node.step.sources, identities, strict=True)),
         "inputs": dict(node.plan.inputs),
         "files": {} if waits else file_digests(node.op, node.plan, node.parents),
-        "torch": run_environment(node.options)["torch"],
+        "torch": installed("torch"),
         "hash": node.options.hash,
     }
 

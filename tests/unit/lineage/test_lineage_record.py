@@ -136,7 +136,7 @@ def test_the_same_work_elsewhere_at_another_time_has_the_same_record(
 ) -> None:
     source = shutil.copytree(tiny_dit, tmp_path / "deep" / "tiny")
     monkeypatch.setattr("surgery.graph.lineage.time.strftime", lambda *_: "1999-01-01T00:00:00Z")
-    monkeypatch.setattr("surgery.graph.run.platform.python_version", lambda: "9.9")
+    monkeypatch.setattr("surgery.graph.machine.platform.python_version", lambda: "9.9")
     monkeypatch.chdir(source.parent)
     again = graft(Path("tiny"), Path("other"), workers=1, threads=2).record
     first = record_of(child)
@@ -159,8 +159,8 @@ def test_the_same_work_in_two_steps_has_the_same_record_whenever_and_wherever_ea
 
     first = twice(tmp_path / "here", "", workers=2)
     monkeypatch.setattr("surgery.graph.lineage.time.strftime", lambda *_: "1999-01-01T00:00:00Z")
-    monkeypatch.setattr("surgery.graph.run.platform.python_version", lambda: "9.9")
-    monkeypatch.setattr("surgery.graph.run._processor", lambda: "another")
+    monkeypatch.setattr("surgery.graph.machine.platform.python_version", lambda: "9.9")
+    monkeypatch.setattr("surgery.graph.machine._processor", lambda: "another")
     monkeypatch.setattr(Merge, "measure", lambda *_: {"layers": [{"layer": 0, "cosine": 0.1}]})
     second = twice(tmp_path / "there", "./", workers=1, threads=2)
     for one, two in zip(first, second, strict=True):
