@@ -15,7 +15,7 @@ import numpy as np
 
 from surgery.arch.merging.arithmetic import PIECE, Array, Bits, Sink, Source, working_dtype
 from surgery.arch.merging.lerp import lerped, lerps
-from surgery.arch.merging.packed import weighted_sums
+from surgery.arch.merging.sums import weighted_sums
 from surgery.store.reader import Reader
 
 WITH_BASE = ("task-arithmetic", "ties", "dare-linear", "dare-ties")
@@ -57,7 +57,7 @@ def stream(formula: Formula, readers: Sequence[Reader], dtype: str, name: str, s
     sink = Sink(dtype, name, min(PIECE, max(total, 1)), dither=dither)
     make = merger(formula, readers, seed)
     if formula.method == "linear" and dither is None and {dtype, *(r.dtype for r in readers)} == {"BF16"}:
-        for start, count, done in weighted_sums(_shares(formula, np.float32), readers, total, 2 * PIECE):
+        for start, count, done in weighted_sums(_shares(formula, np.float32), readers, total):
             for at in range(0, count, PIECE):
                 part, first = min(PIECE, count - at), start + at
                 yield sink.encode(make(first, part), first) if done is None else done[2 * at : 2 * (at + part)]

@@ -1,8 +1,8 @@
-"""Linear merges of two by `torch.lerp`: half of the work, other last digits (`--numerics fast`).
+"""Linear merges of two by `torch.lerp`: less work in some formats, other last digits (`--numerics fast`).
 
 Widening, multiplying and rounding are one pass in the processor's registers. The differences to the three float32
 operations of the exact way, at most one step of the stored dtype, depend on the processor, so no other machine need
-make the same bytes. Starting torch costs what merging some four gigabytes saves.
+make the same bytes. It pays for float16, and for bfloat16 where the exact sums are not compiled.
 """
 
 from collections.abc import Iterator, Sequence

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 8 << 20  # bytes of a row-wise operation's output that are made at a time
+_BEHIND = 8 << 20  # bytes that may wait in memory before the disk is told to take them
 Pickles = Mapping[str, Mapping[str, "torch.Tensor"]]  # tensors of pickles by file and name; they have no byte range
 
 
@@ -106,7 +107,7 @@ def carry_out(job: Job, pickles: Pickles) -> dict[str, str]:
     target's disk, and the errors of the operation with the tensor's name."""
     if isinstance(job, Copy):
         return _copy(job)
-    state, position = hashlib.sha256() if job.hashed else None, 0
+    state, position, begun = hashlib.sha256() if job.hashed else None, 0, 0
     opened = [(os.open(path, os.O_WRONLY | os.O_CLOEXEC), offset) for path, offset in job.targets]
     try:
         for piece in _bytes_of(job, pickles):
@@ -116,8 +117,10 @@ def carry_out(job: Job, pickles: Pickles) -> dict[str, str]:
                 state.update(piece)
             position += len(piece)
             del piece  # not beside the next one
-        for fd, offset in opened:
-            start_writing(fd, offset, position)
+            if position - begun >= _BEHIND or position == job.nbytes:
+                for fd, offset in opened:
+                    start_writing(fd, offset + begun, position - begun)
+                begun = position
     finally:
         for fd, _ in opened:
             os.close(fd)

@@ -1,4 +1,5 @@
-"""Sums of bfloat16 two elements at a time: the bits of the general path, at any length, for every kind of value."""
+"""Linear merges of bfloat16: the bits of the general path at any length and place, for every kind of value, by the
+compiled sum and by numpy's."""
 
 import os
 from pathlib import Path
@@ -6,12 +7,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from surgery.kernels.merging import COMPILED, weighted_sum_by_numpy
 
-from surgery.arch.merging import arithmetic, formulas
+from surgery.arch.merging import arithmetic, formulas, sums
 from surgery.arch.merging.formulas import Formula, merger, stream
 from surgery.errors import CheckpointError
 from surgery.store.reader import MemoryReader, open_range
 from surgery.store.tensors import TensorRef
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which sum is used."""
+    if request.param == "compiled" and not COMPILED:
+        pytest.skip("this package was built without a compiler")
+    if request.param == "numpy":
+        monkeypatch.setattr(sums, "COMPILED", False)
+        monkeypatch.setattr(sums, "weighted_sum", weighted_sum_by_numpy)
+    return str(request.param)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (formulas, arithmetic, sums):
+        monkeypatch.setattr(module, "PIECE", 64)
 
 
 def reader(values: np.ndarray) -> MemoryReader:
@@ -21,13 +40,11 @@ def reader(values: np.ndarray) -> MemoryReader:
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1000, 1 << 16])
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (0.9, 0.1), (1.7, -0.7), (0.5, 0.25, 0.25), (1.0,)])
-def test_packed_sums_are_what_torch_rounds(
-    count: int, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+def test_sums_are_what_torch_rounds(
+    count: int, weights: tuple[float, ...], kind: str, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(formulas, "PIECE", 64)
-    monkeypatch.setattr(arithmetic, "PIECE", 64)
-    if count > 1000:
-        monkeypatch.undo()
+    if count <= 1000:
+        request.getfixturevalue("short_pieces")
     generator = np.random.default_rng(count)
     # Any bits: subnormals, zeros of both signs, infinities and NaN among them.
     bits = [generator.integers(0, 1 << 16, count, np.uint16) for _ in weights]
@@ -58,11 +75,9 @@ def on_disk(path: Path, values: np.ndarray, offset: int) -> TensorRef:
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 @pytest.mark.parametrize("offset", [0, 8, 10, 11, 4096, 70_003])
 @pytest.mark.parametrize("count", [1, 63, 64, 5000, 5001])
-def test_what_lies_in_a_file_is_what_is_read(
-    count: int, offset: int, numerics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("short_pieces", "kind")
+def test_what_lies_in_a_file_is_what_is_read(count: int, offset: int, numerics: str, tmp_path: Path) -> None:
     """At any offset, in pieces of any size."""
-    monkeypatch.setattr(formulas, "PIECE", 64)
     generator = np.random.default_rng(count)
     values = [(generator.standard_normal(count, np.float32).view(np.uint32) >> 16).astype(np.uint16) for _ in "ab"]
     formula = Formula("linear", (0.75, 0.25), numerics=numerics)
@@ -78,6 +93,7 @@ def test_what_lies_in_a_file_is_what_is_read(
         assert Path(ref.file).read_bytes() == b"x" * offset + value.tobytes() + b"after"
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     ref = on_disk(tmp_path / "a", np.zeros(100_000, np.uint16), 8)
     os.truncate(ref.file, 4096)
@@ -85,24 +101,50 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
         list(stream(Formula("linear", (0.5, 0.5)), [a, a], "BF16", "w", 0))
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.usefixtures("kind")
+def test_a_file_that_is_cut_on_the_way_is_an_error(tmp_path: Path) -> None:
+    """Its window is mapped by then: what is read from it is a signal, and that one says nothing."""
+    refs = [on_disk(tmp_path / name, np.ones(1 << 20, np.uint16), 8) for name in "ab"]
+    with open_range(refs[0]) as a, open_range(refs[1]) as b:
+        pieces = stream(Formula("linear", (0.5, 0.5)), [a, b], "BF16", "w", 0)
+        assert len(next(pieces))
+        os.truncate(refs[1].file, 4096)
+        with pytest.raises(CheckpointError, match="ends inside 'w'"):
+            list(pieces)
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("offset", [8, 1 << 20, (4 << 20) - 2, 5_000_001])
+def test_windows_of_a_large_file_follow_each_other(offset: int, tmp_path: Path) -> None:
+    count = 5_300_001  # several windows, pieces that begin in one and end in the next
+    values = (np.random.default_rng(offset).standard_normal(count, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    refs = [on_disk(tmp_path / "a", values, offset), on_disk(tmp_path / "b", values[::-1].copy(), 8)]
+    formula = Formula("linear", (0.75, 0.25))
+    with open_range(refs[0]) as a, open_range(refs[1]) as b:
+        got = b"".join(bytes(p) for p in stream(formula, [a, b], "BF16", "w", 0))
+    tensors = [torch.from_numpy(v.view(np.int16)).view(torch.bfloat16).float() for v in (values, values[::-1].copy())]
+    want = (tensors[0] * 0.75 + tensors[1] * 0.25).bfloat16()
+    assert torch.equal(torch.frombuffer(bytearray(got), dtype=torch.int16), want.view(torch.int16))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_fast_numbers_are_one_step_away_at_most(kind: torch.dtype, share: float) -> None:
+def test_fast_numbers_are_one_step_away_at_most(stored: torch.dtype, share: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    a = (torch.randn(100_003, generator=generator) * 0.02).to(kind)
-    b = (a.float() + torch.randn(100_003, generator=generator) * 0.002).to(kind)
-    name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[kind]
+    a = (torch.randn(100_003, generator=generator) * 0.02).to(stored)
+    b = (a.float() + torch.randn(100_003, generator=generator) * 0.002).to(stored)
+    name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[stored]
     inputs = [
         MemoryReader("w", name, tuple(t.shape), memoryview(bytearray(t.view(torch.uint8).numpy()))) for t in (a, b)
     ]
     formula = Formula("linear", (1 - share, share), numerics="fast")
     data = bytearray(b"".join(bytes(p) for p in stream(formula, inputs, name, "w", 0)))
-    got = torch.frombuffer(data, dtype=kind).double()
+    got = torch.frombuffer(data, dtype=stored).double()
     exact = a.double() * (1 - share) + b.double() * share
     # Where both nearly cancel, digits of the arithmetic are lost: steps are those of the inputs.
     step = torch.exp2(torch.floor(torch.log2(torch.maximum(a.double().abs(), b.double().abs()).clamp_min(2.0**-14))))
-    steps = 2 if kind is torch.float32 else 1  # the arithmetic is float32 itself, and so are the shares
-    assert ((got - exact).abs() <= steps * step * torch.finfo(kind).eps).all()
+    steps = 2 if stored is torch.float32 else 1  # the arithmetic is float32 itself, and so are the shares
+    assert ((got - exact).abs() <= steps * step * torch.finfo(stored).eps).all()
     assert not torch.equal(got, a.double())
 
 
