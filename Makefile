@@ -32,7 +32,7 @@ bench: $(READY)
 	done; \
 	if [ -n "$$failed" ]; then echo "over a limit, or failed:$$failed" >&2; exit 1; fi
 
-$(READY): pyproject.toml constraints.txt kernels/src/merging/sums.c
+$(READY): pyproject.toml constraints.txt kernels/src/merging/sums.c kernels/src/merging/halves.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[images,train,ray,gguf,models,endpoint,dev]"
 	touch $(READY)

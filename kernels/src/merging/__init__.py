@@ -1,9 +1,11 @@
-"""Weighted sums of bfloat16 tensors on the processor, where merging spends its time.
+"""Arithmetic of merging on the processor: weighted sums of bfloat16, and float16 to float32 and back.
 
-`weighted_sum(out, weights, inputs)` is compiled (`sums.c`) where the package was built with a compiler, numpy's work
-(`packed.py`) elsewhere: the same bits either way. Needs numpy.
+Compiled (`sums.c`, `halves.c`) where the package was built with a compiler, numpy's work (`packed.py`, `halves.py`)
+elsewhere: the same bits either way. Needs numpy.
 """
 
+from .halves import narrow as narrow_by_numpy
+from .halves import widen as widen_by_numpy
 from .packed import weighted_sum as weighted_sum_by_numpy
 
 try:
@@ -13,4 +15,17 @@ try:
 except ImportError:
     weighted_sum, COMPILED = weighted_sum_by_numpy, False
 
-__all__ = ["COMPILED", "weighted_sum", "weighted_sum_by_numpy"]
+try:
+    from ._halves import narrow, widen
+except ImportError:  # also where the processor lacks the instructions
+    narrow, widen = narrow_by_numpy, widen_by_numpy
+
+__all__ = [
+    "COMPILED",
+    "narrow",
+    "narrow_by_numpy",
+    "weighted_sum",
+    "weighted_sum_by_numpy",
+    "widen",
+    "widen_by_numpy",
+]

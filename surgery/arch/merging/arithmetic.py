@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import CheckpointError, printable
+from surgery.kernels.merging import narrow, widen
 from surgery.store.reader import Reader
 
 PIECE = 1 << 18  # elements: float32 copies of three tensors stay in a core's cache, and calls cost nothing
@@ -56,6 +57,8 @@ class Source:
             if self._last is not None:
                 np.copyto(self._last[:count], self._out[:count])
                 return self._last[:count]
+        elif self.reader.dtype == "F16" and self._out.dtype == np.float32:
+            widen(self._out[:count], self._raw[:count])
         elif self._out is not self._raw:
             np.copyto(self._out[:count], self._raw[:count])
         return self._out[:count]
@@ -111,12 +114,18 @@ class Sink:
             raise self._overflow(max(float(largest), -float(smallest)))
 
     def _float16(self, values: Array, raw: Array, start: int) -> None:
-        with np.errstate(over="ignore"):
-            np.copyto(raw, values, casting="same_kind")
+        if values.dtype == np.float32:
+            narrow(raw, values)
+        else:
+            with np.errstate(over="ignore"):
+                np.copyto(raw, values, casting="same_kind")
         if self._dither is not None:
             self._dithered(values, raw, start)
+        # Infinities and NaN are the largest numbers of either sign when their bits are read as integers.
+        if raw.view(np.int16).max(initial=0) < 0x7C00 and raw.view(np.uint16).max(initial=0) < 0xFC00:
+            return
         overflow = np.isinf(raw)
-        if overflow.any() and np.isfinite(values[overflow]).any():
+        if np.isfinite(values[overflow]).any():
             raise self._overflow(float(np.abs(values[np.isfinite(values)]).max()))
 
     def _dithered(self, values: Array, raw: Array, start: int) -> None:

@@ -2,7 +2,7 @@
 
 Widening, multiplying and rounding are one pass in the processor's registers. The differences to the three float32
 operations of the exact way, at most one step of the stored dtype, depend on the processor, so no other machine need
-make the same bytes. It pays for float16, and for bfloat16 where the exact sums are not compiled.
+make the same bytes. It pays for float16 and large models, and where the exact arithmetic is not compiled.
 """
 
 from collections.abc import Iterator, Sequence

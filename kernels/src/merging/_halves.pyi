@@ -1,0 +1,6 @@
+import numpy as np
+
+Buffer = bytes | bytearray | memoryview | np.ndarray
+
+def widen(out: Buffer, halves: Buffer, /) -> None: ...
+def narrow(out: Buffer, floats: Buffer, /) -> None: ...
