@@ -6,14 +6,12 @@ look at a file through a small window instead, which saves a copy. Standard libr
 """
 
 import mmap
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from surgery.errors import CheckpointError
 from surgery.store.checkpoint import Checkpoint
-from surgery.store.tensors import TensorRef
+from surgery.store.tensors import TensorRef, fill, opened
 
 _WINDOW = 4 << 20  # bytes
 _LARGE_PAGE = 2 << 20  # bytes; a window that begins at a multiple is mapped by such pages where the kernel holds them
@@ -40,19 +38,7 @@ class FileReader:
         self._window, self._first = memoryview(b""), 0
 
     def into(self, view: memoryview, start: int) -> None:
-        at = self._ref.offset + start
-        while len(view):
-            try:
-                count = os.preadv(self._fd, [view], at)
-            except OSError as err:
-                raise CheckpointError(
-                    "unreadable", f"{self._ref.file}: {err.strerror}", hint="check the disk"
-                ) from None
-            if count == 0:
-                raise CheckpointError(
-                    "truncated", f"{self._ref.file}: ends inside '{self.name}'", hint="fetch it again"
-                )
-            view, at = view[count:], at + count
+        fill(self._fd, view, self._ref.offset + start, self._ref)
 
     def mapped(self, start: int, count: int) -> memoryview | None:
         """`count` bytes from byte `start` on where the kernel holds the file, or None where it cannot be mapped.
@@ -87,14 +73,8 @@ class MemoryReader:
 @contextmanager
 def open_range(ref: TensorRef) -> Iterator[Reader]:
     """A reader of a tensor that is a range of a file, which is open until the block ends."""
-    try:
-        fd = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as err:
-        raise CheckpointError("unreadable", f"{ref.file}: {err.strerror}", hint="it was there a moment ago") from None
-    try:
+    with opened(ref) as fd:
         yield FileReader(ref, fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

@@ -39,10 +39,6 @@ class Formula:
     rounding: str = "nearest"
     numerics: str = "exact"
 
-    @property
-    def has_base(self) -> bool:
-        return self.method in WITH_BASE
-
 
 Merger = Callable[[int, int], Array]
 
