@@ -32,7 +32,7 @@ class LoraApply:
     def plan(self, ctx: PlanContext, model: Checkpoint, adapter: Checkpoint) -> Plan:
         """The adapted weights computed, everything else kept."""
         from surgery.arch.merging.adapters import open_adapter
-        from surgery.arch.merging.formulas import Formula
+        from surgery.arch.merging.numbers.formulas import Formula
         from surgery.arch.merging.pair import SCRATCH, Task, plain_model
 
         plain_model(model)

@@ -130,7 +130,7 @@ class Merge:
     @property
     def trainer(self) -> str | None:
         """What makes all tensors together: mergekit's own run, where it was asked for."""
-        return "surgery.arch.merging.delegate:train" if self.arithmetic == "mergekit" else None
+        return "surgery.arch.merging.documents.delegate:train" if self.arithmetic == "mergekit" else None
 
     def _check_document(self) -> None:
         """Refuse options that a document would silently have the better of."""
@@ -158,7 +158,7 @@ class Merge:
         from surgery.arch.merging.pair import Request, plan_pair
 
         if self.config is not None:
-            from surgery.arch.merging.document import plan_document
+            from surgery.arch.merging.documents.document import plan_document
 
             return plan_document(self.config, parents, arithmetic=self.arithmetic, strict=self.strict, force=self.force)
         models, adapters = models_and_adapters(parents)

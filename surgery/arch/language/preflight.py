@@ -117,7 +117,7 @@ def likeness(host: Checkpoint, donor: Checkpoint, mapped: TowerMap) -> float | N
     """
     import numpy as np
 
-    from surgery.arch.merging.arithmetic import FLOATS, Source
+    from surgery.arch.merging.numbers.arithmetic import FLOATS, Source
 
     pairs = [
         (host.tensors[mine], donor.tensors[theirs])

@@ -164,8 +164,8 @@ class AdaptedReader:
         """Rows are whole in the product, whatever the stretch of bytes."""
         import numpy as np
 
-        from surgery.arch.merging.arithmetic import SIZES, Sink, Source
-        from surgery.arch.merging.measure import Sample
+        from surgery.arch.merging.numbers.arithmetic import SIZES, Sink, Source
+        from surgery.arch.merging.numbers.measure import Sample
 
         size = SIZES[self.dtype]
         columns = self.shape[1]
@@ -183,7 +183,7 @@ def _matrix(reader: Reader) -> Any:
     """A factor as float32 [rows, columns]."""
     import numpy as np
 
-    from surgery.arch.merging.arithmetic import Source
+    from surgery.arch.merging.numbers.arithmetic import Source
 
     count = reader.shape[0] * reader.shape[1]
     return Source(reader, np.float32, count).read(0, count).copy().reshape(reader.shape)

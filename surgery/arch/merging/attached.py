@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from surgery.arch.merging.adapters import Adapter, is_adapter, open_adapter
-from surgery.arch.merging.formulas import Formula
 from surgery.arch.merging.method import SCRATCH, Task
+from surgery.arch.merging.numbers.formulas import Formula
 from surgery.errors import UsageError
 from surgery.graph.op import Compute, Entry, Keep
 from surgery.store.checkpoint import Checkpoint

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from surgery.arch.language.locate import locate_towers
-from surgery.arch.merging.arithmetic import FLOATS, PIECE, Source
-from surgery.arch.merging.formulas import Formula, elements
-from surgery.arch.merging.measure import Sums, by_formula, measure_tensor, ratio
+from surgery.arch.merging.numbers.arithmetic import FLOATS, PIECE, Source
+from surgery.arch.merging.numbers.formulas import Formula, elements
+from surgery.arch.merging.numbers.measure import Sums, by_formula, measure_tensor, ratio
 from surgery.arch.merging.selection import NORMS, groups_of, layer_of
 from surgery.errors import CheckpointError, printable
 from surgery.store.checkpoint import Checkpoint

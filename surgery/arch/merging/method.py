@@ -9,8 +9,8 @@ from typing import Any
 
 from surgery.arch.language.families import text_config
 from surgery.arch.merging.card import card_base
-from surgery.arch.merging.formulas import STREAMED, WITH_BASE, Formula
-from surgery.arch.merging.kernels import (
+from surgery.arch.merging.numbers.formulas import STREAMED, WITH_BASE, Formula
+from surgery.arch.merging.numbers.kernels import (
     Kernel,
     check_inputs,
     check_value,

@@ -18,9 +18,9 @@ from surgery.arch.layers import parse_spans
 from surgery.arch.merging.attached import Attached, attach
 from surgery.arch.merging.card import card, card_digest, spans
 from surgery.arch.merging.files import files_of
-from surgery.arch.merging.formulas import STREAMED, Formula
-from surgery.arch.merging.kernels import is_random
 from surgery.arch.merging.method import SCRATCH, Method, Request, Task
+from surgery.arch.merging.numbers.formulas import STREAMED, Formula
+from surgery.arch.merging.numbers.kernels import is_random
 from surgery.arch.merging.selection import check_layers, layer_of, select
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep, Plan, SideFile

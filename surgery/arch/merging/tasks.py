@@ -5,10 +5,10 @@ from contextlib import ExitStack
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from surgery.arch.merging.arithmetic import SIZES, Bits, Source
-from surgery.arch.merging.formulas import ROUNDING, Formula, elements, stream
-from surgery.arch.merging.kernels import Kernel
-from surgery.arch.merging.measure import LITTLE, Merge, Sums, by_formula, measure_tensor
+from surgery.arch.merging.numbers.arithmetic import SIZES, Bits, Source
+from surgery.arch.merging.numbers.formulas import ROUNDING, Formula, elements, stream
+from surgery.arch.merging.numbers.kernels import Kernel
+from surgery.arch.merging.numbers.measure import LITTLE, Merge, Sums, by_formula, measure_tensor
 from surgery.arch.merging.pair import Task
 from surgery.arch.merging.selection import layer_of
 from surgery.graph.engine.work import tensor_seed
@@ -91,7 +91,7 @@ def task_params(task: Compute) -> list[Any] | None:
 
 def run_task(task: Compute, tensors: "list[Any]", generator: Any) -> Any:
     """A tensor that a method of mergekit makes."""
-    from surgery.arch.merging.kernels import merge
+    from surgery.arch.merging.numbers.kernels import merge
     from surgery.store.dtypes import torch_dtype
 
     how: Task = task.how
@@ -119,7 +119,7 @@ def _by_kernel(kernel: Kernel, seed: int) -> Merge:
         import numpy as np
         import torch
 
-        from surgery.arch.merging.kernels import merge
+        from surgery.arch.merging.numbers.kernels import merge
 
         tensors = [torch.from_numpy(Source(r, np.float32, count).read(0, count).copy()) for r in readers]
         return merge(kernel, tensors, out_dtype=torch.float32, seed=seed, name=readers[0].name).numpy()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from surgery.kernels.merging import narrow, narrow_by_numpy, widen, widen_by_numpy
 
-from surgery.arch.merging.formulas import Formula, stream
+from surgery.arch.merging.numbers.formulas import Formula, stream
 from surgery.errors import CheckpointError
 from surgery.store.reader import MemoryReader
 

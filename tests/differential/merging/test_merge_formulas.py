@@ -8,9 +8,9 @@ import pytest
 import torch
 from mergekit.merge_methods import merge_tensors
 
-from surgery.arch.merging import arithmetic, formulas
-from surgery.arch.merging.arithmetic import Bits
-from surgery.arch.merging.formulas import Formula, stream
+from surgery.arch.merging.numbers import arithmetic, formulas
+from surgery.arch.merging.numbers.arithmetic import Bits
+from surgery.arch.merging.numbers.formulas import Formula, stream
 from surgery.errors import CheckpointError
 from surgery.store.dtypes import as_bytes, name_of, torch_dtype
 from surgery.store.reader import MemoryReader

@@ -9,8 +9,8 @@ import pytest
 import torch
 from surgery.kernels.merging import COMPILED, weighted_sum_by_numpy
 
-from surgery.arch.merging import arithmetic, formulas, sums
-from surgery.arch.merging.formulas import Formula, merger, stream
+from surgery.arch.merging.numbers import arithmetic, formulas, sums
+from surgery.arch.merging.numbers.formulas import Formula, merger, stream
 from surgery.errors import CheckpointError
 from surgery.store.reader import MemoryReader, open_range
 from surgery.store.tensors import TensorRef

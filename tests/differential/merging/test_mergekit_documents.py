@@ -17,7 +17,7 @@ from mergekit_runs import check, ours, theirs
 from safetensors.torch import load_file
 
 import surgery
-from surgery.arch.merging.settings import evaluate
+from surgery.arch.merging.documents.settings import evaluate
 from surgery.errors import UsageError
 from surgery.graph.recipes.mergekit_file import parse_mergekit
 

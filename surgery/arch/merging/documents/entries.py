@@ -8,12 +8,12 @@ from typing import Any
 from surgery.arch.carried import FLOATS
 from surgery.arch.language.towers import EMBED, HEAD
 from surgery.arch.merging.adapters import Adapter
-from surgery.arch.merging.formulas import Formula
-from surgery.arch.merging.kernels import Kernel, check_inputs, is_random, spec_of
+from surgery.arch.merging.documents.rows import Key, Row
+from surgery.arch.merging.documents.settings import Document, find
+from surgery.arch.merging.documents.vocabularies import Vocabulary
+from surgery.arch.merging.numbers.formulas import Formula
+from surgery.arch.merging.numbers.kernels import Kernel, check_inputs, is_random, spec_of
 from surgery.arch.merging.pair import SCRATCH, Task
-from surgery.arch.merging.rows import Key, Row
-from surgery.arch.merging.settings import Document, find
-from surgery.arch.merging.vocabularies import Vocabulary
 from surgery.errors import CheckpointError, UsageError, closest, printable
 from surgery.graph.op import Compute, Entry, Keep
 from surgery.graph.planned import Planned

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.arch.language.towers import EMBED
-from surgery.arch.merging.rows import layout_of
-from surgery.arch.merging.settings import Document
+from surgery.arch.merging.documents.rows import layout_of
+from surgery.arch.merging.documents.settings import Document
 from surgery.errors import CheckpointError, UsageError, printable
 from surgery.graph.op import SideFile
 from surgery.store.checkpoint import Checkpoint

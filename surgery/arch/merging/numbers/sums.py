@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from surgery.arch.merging.arithmetic import PIECE
+from surgery.arch.merging.numbers.arithmetic import PIECE
 from surgery.kernels.merging import COMPILED, weighted_sum
 from surgery.store.reader import FileReader, Reader
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from surgery.arch.blocks import block_lists, split_block
 from surgery.arch.language.towers import EMBED, HEAD, Tower, shapes_of, towers
-from surgery.arch.merging.settings import Document, Slice, Source
+from surgery.arch.merging.documents.settings import Document, Slice, Source
 from surgery.errors import CheckpointError, UsageError, printable
 from surgery.graph.op import Keep
 from surgery.store.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from surgery.arch.merging.arithmetic import SIZES, Bits, Sink, Source
-from surgery.arch.merging.formulas import Formula, elements, merger
+from surgery.arch.merging.numbers.arithmetic import SIZES, Bits, Sink, Source
+from surgery.arch.merging.numbers.formulas import Formula, elements, merger
 from surgery.store.reader import MemoryReader, Reader
 
 WINDOW = 1 << 11

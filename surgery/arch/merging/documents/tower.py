@@ -11,9 +11,9 @@ from surgery.arch.language.preflight import examine, stop_on
 from surgery.arch.language.towers import TowerMap
 from surgery.arch.layers import parse_spans
 from surgery.arch.merging.card import short_name
-from surgery.arch.merging.rows import Key, Row
+from surgery.arch.merging.documents.rows import Key, Row
+from surgery.arch.merging.documents.settings import Document
 from surgery.arch.merging.selection import layer_of, select
-from surgery.arch.merging.settings import Document
 from surgery.errors import UsageError
 from surgery.graph.op import Entry, Keep
 from surgery.store.checkpoint import Checkpoint

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.arch.merging.arithmetic import PIECE, Array, Bits, Sink, Source, working_dtype
-from surgery.arch.merging.lerp import lerped, lerps
-from surgery.arch.merging.sums import weighted_sums
+from surgery.arch.merging.numbers.arithmetic import PIECE, Array, Bits, Sink, Source, working_dtype
+from surgery.arch.merging.numbers.lerp import lerped, lerps
+from surgery.arch.merging.numbers.sums import weighted_sums
 from surgery.store.reader import Reader
 
 WITH_BASE = ("task-arithmetic", "ties", "dare-linear", "dare-ties")

@@ -15,13 +15,13 @@ from surgery.arch.language.families import family_of
 from surgery.arch.language.preflight import refuse_quantised
 from surgery.arch.merging.adapters import open_adapter
 from surgery.arch.merging.card import card, card_digest
-from surgery.arch.merging.document_entries import EntryMaker
+from surgery.arch.merging.documents.entries import EntryMaker
+from surgery.arch.merging.documents.rows import Key, depth_of, plain_rows
+from surgery.arch.merging.documents.settings import Document, Slice, Source
+from surgery.arch.merging.documents.vocabularies import Vocabulary, merged_vocabulary
 from surgery.arch.merging.files import files_of, named_template
 from surgery.arch.merging.pair import plain_model
-from surgery.arch.merging.rows import Key, depth_of, plain_rows
 from surgery.arch.merging.selection import layer_of
-from surgery.arch.merging.settings import Document, Slice, Source
-from surgery.arch.merging.vocabularies import Vocabulary, merged_vocabulary
 from surgery.errors import UsageError
 from surgery.graph.op import Compute, Entry, Plan, SideFile
 from surgery.graph.planned import Planned
@@ -42,12 +42,12 @@ def plan_document(
     _check_sources(document, parents)
     adapters = {key: open_adapter(parents[key[1]], parents[key[0]]) for key in document.inputs() if key[1] is not None}
     if arithmetic == "mergekit":
-        from surgery.arch.merging.delegate import check_models
+        from surgery.arch.merging.documents.delegate import check_models
 
         check_models(json.loads(text), parents)
     host = _host(document, parents)
     if host is not None:
-        from surgery.arch.merging.tower_document import tower_rows
+        from surgery.arch.merging.documents.tower import tower_rows
 
         first, rows, kept, warnings = tower_rows(document, parents, host, strict=strict, force=force)
     else:
@@ -62,7 +62,7 @@ def plan_document(
         numbers = {n for row in rows if (n := layer_of(row.canonical)) is not None}
         plan.report["into"] = {"name": parents[host].name, "layers": sorted(numbers)}
     if arithmetic == "mergekit":
-        from surgery.arch.merging.delegate import handed_over
+        from surgery.arch.merging.documents.delegate import handed_over
 
         return handed_over(plan)
     return plan
