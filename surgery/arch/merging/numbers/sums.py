@@ -15,8 +15,7 @@ def weighted_sums(
     `weights` are those of float32. The bytes are None where a result is not finite: what that means is not looked into
     here.
     """
-    # What the compiled kernel makes is hashed and written out of a core's cache; numpy's calls want longer pieces.
-    piece = PIECE if COMPILED else 2 * PIECE
+    piece = 2 * PIECE  # a megabyte: the kernel takes longer writes in larger parts, and numpy's calls cost nothing
     size = 2 * min(piece, total)
     out = memoryview(bytearray(size))
     inputs = [_Input(reader, size) for reader in readers]
