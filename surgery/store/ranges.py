@@ -5,6 +5,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 _MAY_HAVE_HOLES = 1 << 20  # bytes; shorter ranges are copied without a look
@@ -85,7 +86,13 @@ def write_at(fd: int, data: Any, offset: int) -> None:
 def start_writing(fd: int, offset: int, count: int) -> None:
     """Have a range that was written begin its way to disk, without waiting: less is left for the sync at the end. Where
     the system cannot be asked for it, that sync does it all."""
-    libc = ctypes.CDLL(None)
+    libc = _libc()
     if count and hasattr(libc, "sync_file_range"):
         begin = 2  # SYNC_FILE_RANGE_WRITE
         libc.sync_file_range(ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(begin))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library, looked up once: a large tensor begins its way to disk in many parts."""
+    return ctypes.CDLL(None)
