@@ -73,6 +73,16 @@ def same_files(one: Path, two: Path) -> bool:
     return all(f.name == "surgery.json" or (two / f.name).read_bytes() == f.read_bytes() for f in one.iterdir())
 
 
+def merged_once(tmp_path: Path, command: Callable[..., Any]) -> list[Any]:
+    """The words of a merge that was made in "whole". Its parents have digests, so the work has one key with and
+    without."""
+    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
+    assert all(open_checkpoint(model).digest for model in (pair.host, pair.donor))
+    words = ["merge", pair.host, pair.donor, "--workers", "1"]
+    assert command(*words, "-o", "whole").code == 0
+    return words
+
+
 @pytest.mark.parametrize("digested", [False, True], ids=["parents never digested", "parents digested"])
 def test_tensors_without_digests_are_taken_once_they_are_synced(
     digested: bool, tmp_path: Path, command: Callable[..., Any]
@@ -95,11 +105,7 @@ def test_tensors_without_digests_are_taken_once_they_are_synced(
 
 
 def test_a_run_with_digests_trusts_nothing_that_has_none(tmp_path: Path, command: Callable[..., Any]) -> None:
-    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
-    for model in (pair.host, pair.donor):
-        assert open_checkpoint(model).digest  # known: the work has one key with and without
-    words = ["merge", pair.host, pair.donor, "--workers", "1"]
-    assert command(*words, "-o", "whole").code == 0
+    words = merged_once(tmp_path, command)
     folder = killed(tmp_path, [*words, "--hash", "header"])
     digested = {name for name, sha in noted_in(folder).items() if sha is not None}
     spoil(folder, but=digested)
@@ -109,11 +115,7 @@ def test_a_run_with_digests_trusts_nothing_that_has_none(tmp_path: Path, command
 
 
 def test_a_run_without_digests_goes_on_with_one_that_has_them(tmp_path: Path, command: Callable[..., Any]) -> None:
-    pair = vlm_pairs.make_pair(tmp_path / "pair", "qwen2_vl", shards=3)
-    for model in (pair.host, pair.donor):
-        assert open_checkpoint(model).digest  # known: the work has one key with and without
-    words = ["merge", pair.host, pair.donor, "--workers", "1"]
-    assert command(*words, "-o", "whole").code == 0
+    words = merged_once(tmp_path, command)
     noted = noted_in(killed(tmp_path, words))
     ended = command(*words, "-o", "out", "--resume", "--hash", "header", "--json")
     shown = json.loads(ended.stdout)
